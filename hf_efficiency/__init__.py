@@ -1,0 +1,62 @@
+"""Compress, fine-tune and run large language models inside existing Hugging Face scripts.
+
+Importing this package registers its methods with the host libraries that are installed, and does nothing else.
+"""
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from hf_efficiency.demo import load_demo_model
+    from hf_efficiency.integrations.transformers import (
+        AWQConfig,
+        GPTQConfig,
+        NF4Config,
+        QuIPSharpConfig,
+        RTNConfig,
+        prefer,
+    )
+
+# Public name: the module that defines it. A host that is missing only takes its own names away.
+_EXPORTS = {
+    "RTNConfig": "hf_efficiency.integrations.transformers",
+    "GPTQConfig": "hf_efficiency.integrations.transformers",
+    "AWQConfig": "hf_efficiency.integrations.transformers",
+    "NF4Config": "hf_efficiency.integrations.transformers",
+    "QuIPSharpConfig": "hf_efficiency.integrations.transformers",
+    "prefer": "hf_efficiency.integrations.transformers",
+    "load_demo_model": "hf_efficiency.demo",
+}
+
+__all__ = [
+    "AWQConfig",
+    "GPTQConfig",
+    "NF4Config",
+    "QuIPSharpConfig",
+    "RTNConfig",
+    "__version__",
+    "load_demo_model",
+    "prefer",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})
+
+
+def _register() -> None:
+    """Makes the methods known to every host library that is installed."""
+    if find_spec("transformers") is not None:
+        import_module("hf_efficiency.integrations.transformers").register()
+
+
+_register()

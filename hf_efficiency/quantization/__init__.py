@@ -1,0 +1,1 @@
+"""Methods that store a model in fewer bits: grids and codebooks, one file a method, and the storage layers."""

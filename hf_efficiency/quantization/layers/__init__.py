@@ -1,0 +1,1 @@
+"""Storage layers: how packed weights are kept and multiplied."""
