@@ -9,36 +9,25 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import copy
 import pydoc_data.topics
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
-from transformers.quantizers import auto
 
 from tests import tiny
-
-
-@contextmanager
-def _transformers_tables_kept():
-    tables = auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING
-    before = [dict(table) for table in tables]
-    yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
+from tests.loaders import tables_kept
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _loaders_of_other_modules():
     """What a module prefers ends with it."""
-    with _transformers_tables_kept():
+    with tables_kept():
         yield
 
 
 @pytest.fixture(autouse=True)
 def _loaders_of_other_tests():
     """`prefer()` lasts for a process; here it ends with the test, or stock loaders would be gone for all others."""
-    with _transformers_tables_kept():
+    with tables_kept():
         yield
 
 

@@ -3,6 +3,7 @@ import shutil
 import pytest
 
 from hf_efficiency import cli
+from tests.loaders import tables_kept
 
 # small enough for the tiny model: 2 calibration sequences, 2 windows
 SMALL = ["--num-samples", "2", "--seq-len", "32", "--window", "32", "--max-windows", "2"]
@@ -15,7 +16,8 @@ def quantized_dir(tmp_path_factory, tiny_llama_dir):
     shutil.copytree(tiny_llama_dir, base / "tiny")
     out = base / "tiny-gptq4"
     argv = ["quantize", str(base / "tiny"), "--method", "gptq", "--bits", "4", "--group-size", "32", *SMALL]
-    assert cli.main([*argv, "--prompt", "Once upon", "--output", str(out)]) == 0
+    with tables_kept():  # a session's fixture comes before any module's, and the command prefers our loaders
+        assert cli.main([*argv, "--prompt", "Once upon", "--output", str(out)]) == 0
     return out
 
 

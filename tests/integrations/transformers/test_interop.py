@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.quantizers import auto as registry
 
 from hf_efficiency import GPTQConfig, RTNConfig, prefer
 from hf_efficiency.quantization.layers.affine import AffineLinear
 from tests import tiny
+from tests.loaders import tables_kept
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 CHECKPOINTS = sorted(str(path.parent.relative_to(FIXTURES)) for path in FIXTURES.glob("*/*/config.json"))
@@ -39,14 +39,10 @@ for folder in sys.argv[2:]:
 @pytest.fixture
 def ours_preferred():
     """Our loader for all standard formats, whatever is installed; the registry is put back afterwards."""
-    tables = (registry.AUTO_QUANTIZATION_CONFIG_MAPPING, registry.AUTO_QUANTIZER_MAPPING)
-    before = [dict(table) for table in tables]
-    for name in ("gptq", "awq", "compressed-tensors"):
-        prefer(name)
-    yield
-    for table, entries in zip(tables, before, strict=True):
-        table.clear()
-        table.update(entries)
+    with tables_kept():
+        for name in ("gptq", "awq", "compressed-tensors"):
+            prefer(name)
+        yield
 
 
 def relative_error(logits, expected):
