@@ -17,9 +17,10 @@ from tqdm.auto import tqdm
 
 from hf_efficiency.calibration.capture import BlockCall, first_hidden, same_calls, trace
 from hf_efficiency.calibration.hidden import HiddenStates
+from hf_efficiency.calibration.memory import return_free_memory
 from hf_efficiency.calibration.method import BlockContext, BlockMethod, InputGroup
 from hf_efficiency.calibration.resume import BlockCheckpoints
-from hf_efficiency.calibration.statistics import InputStatistics
+from hf_efficiency.calibration.statistics import InputStatistics, all_finite
 from hf_efficiency.calibration.stepping import step_through
 from hf_efficiency.calibration.structure import (
     find_blocks,
@@ -143,6 +144,7 @@ class _Engine:
         layers: dict[str, QuantizedLinear] = {}
         for index in tqdm(range(len(self.blocks)), desc="Compressing blocks", unit="block", disable=not progress):
             layers.update(self._block(index))
+            return_free_memory()
         return layers
 
     def _call(self, index: int, block: nn.Module, x: Tensor, i: int) -> Tensor:
@@ -193,6 +195,8 @@ class _Engine:
             if sequential:
                 self._compress_group(ctx, members[index], statistics[index])
                 statistics[index] = InputStatistics(0, frozenset(), self.device)
+            else:
+                statistics[index].flush()  # from here on the block may overwrite its activations
 
         def deliver(i: int, output: Tensor) -> None:
             if sequential and outputs is not None:
@@ -217,13 +221,13 @@ class _Engine:
 
     def _compress_group(self, ctx: BlockContext, names: list[str], statistics: InputStatistics) -> None:
         hessian = statistics.hessian()
-        if not torch.isfinite(hessian).all():
+        if not all_finite(hessian):
             raise ValueError(
                 f"The input of {names[0]} is not finite (NaN or infinity in the activations). Load the model in "
                 "bfloat16 or float32, or look for NaN in the weights of the blocks before it."
             )
         for name in names:
-            if not torch.isfinite(weight_of(ctx.linears[name])).all():
+            if not all_finite(weight_of(ctx.linears[name])):
                 raise ValueError(f"The weight of {name} holds NaN or infinity; the checkpoint is damaged.")
         group = InputGroup(names, [ctx.linears[n] for n in names], hessian, statistics.abs_mean(), ctx.layers)
         self.method.compress_group(group)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_efficiency.calibration.method import InputGroup, layer_like
+from hf_efficiency.calibration.statistics import all_finite
 from hf_efficiency.quantization.affine import AffineGrid
 from hf_efficiency.quantization.formats import AffineTensors, default_g_idx
 from hf_efficiency.quantization.layers.affine import AffineLinear
@@ -20,6 +21,8 @@ from hf_efficiency.quantization.scheme import AffineMethod
 
 _LAZY_COLUMNS = 64
 _DAMP_RETRIES = 6
+# Up to this size a triangular matrix is inverted by one call.
+_SOLVED_WHOLE = 192
 
 
 @dataclass(kw_only=True)
@@ -91,16 +94,32 @@ def inverse_factor(hessian: Tensor, order: Tensor | None, damp_percent: float, n
     for attempt in range(_DAMP_RETRIES):
         damped = h.clone()
         damped.diagonal().add_(damp_percent * 10**attempt * mean.clamp(min=torch.finfo(h.dtype).tiny))
-        lower, info = torch.linalg.cholesky_ex(damped)
+        # With J the reversal of columns and J H J = L Lᵀ, the inverse has the factor U = J L⁻¹ J: one factorization and
+        # one triangular inverse, where factorizing H, inverting it and factorizing again takes twice the work.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
         if not info:
-            factor, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not info and torch.isfinite(factor).all():
+            factor = invert_lower(lower).flip(0, 1)
+            if all_finite(factor):
                 return factor
     raise ValueError(
         f"{name}: the Hessian is not positive definite, even with damp_percent raised from {damp_percent:g} to "
         f"{damp_percent * 10 ** (_DAMP_RETRIES - 1):g}. Use more calibration data (`num_samples`), or a larger "
         "`damp_percent`."
     )
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix (d, d), by halves: most of the work is in products, none on zeros."""
+    d = lower.shape[0]
+    inverse = torch.zeros_like(lower)
+    if d <= _SOLVED_WHOLE:
+        inverse.diagonal().fill_(1)
+        return torch.linalg.solve_triangular(lower, inverse, upper=False)
+    first, second = slice(0, d // 2), slice(d // 2, d)
+    inverse[first, first] = invert_lower(lower[first, first])
+    inverse[second, second] = invert_lower(lower[second, second])
+    inverse[second, first] = -inverse[second, second] @ (lower[second, first] @ inverse[first, first])
+    return inverse
 
 
 def gptq_solve(weight: Tensor, inverse: Tensor, grid: AffineGrid, order: Tensor | None = None) -> AffineTensors:
@@ -129,22 +148,25 @@ def gptq_solve(weight: Tensor, inverse: Tensor, grid: AffineGrid, order: Tensor 
     step = _LAZY_COLUMNS if static else max(k for k in range(1, _LAZY_COLUMNS + 1) if size % k == 0)
     codes = torch.empty(d_in, d_out, dtype=torch.uint8, device=weight.device)
     group_grid = AffineGrid(grid.bits, -1, grid.sym, clip=grid.clip)
-    scale_t, zero_t = scales.T.contiguous(), zeros.T.contiguous()
+    scale_t, zero_t = scales.T.contiguous(), zeros.T.float().contiguous()
+    # Every row of U over its diagonal, so that the columns' errors need not be divided one by one.
+    spread = inverse / inverse.diagonal().unsqueeze(1)
+    errors, rounded = (torch.empty(step, d_out, device=weight.device) for _ in range(2))
     for start in range(0, d_in, step):
         stop = min(start + step, d_in)
         if not static and start % size == 0:
             columns = slice(start, min(start + size, d_in))
             scale, zero = group_grid.fit(w[columns].T, cost[columns])
             scale_t[groups[start]], zero_t[groups[start]] = scale[:, 0], zero[:, 0]
-        errors = torch.empty(stop - start, d_out, device=weight.device)
-        local = inverse[start:stop, start:stop]
-        for i in range(stop - start):
-            column, g = w[start + i], groups[start + i]
-            q = (column / scale_t[g]).round_().add_(zero_t[g]).clamp_(0, grid.top)
-            codes[start + i] = q
-            torch.sub(column, q.sub_(zero_t[g]).mul_(scale_t[g]), out=errors[i]).div_(local[i, i])
-            w[start + i + 1 : stop].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        w[stop:].addmm_(inverse[start:stop, stop:].T, errors, alpha=-1)
+        block = w[start:stop]
+        for i, column in enumerate(block.unbind()):
+            s, z = scale_t[groups[start + i]], zero_t[groups[start + i]]
+            level, q, error = torch.addcdiv(z, column, s), rounded[i], errors[i]
+            torch.round(level, out=q).clamp_(0, grid.top)
+            torch.mul(level.sub_(q), s, out=error)
+            block[i + 1 :].addr_(spread[start + i, start + i + 1 : stop], error, alpha=-1)
+        codes[start:stop] = rounded[: stop - start]
+        w[stop:].addmm_(spread[start:stop, stop:].T, errors[: stop - start], alpha=-1)
     if order is not None:
         codes = codes[order.argsort()]
     return AffineTensors(codes.T.contiguous(), scale_t.T, zero_t.T.round().to(torch.int32), g_idx)
