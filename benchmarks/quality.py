@@ -39,8 +39,8 @@ EVALUATION_WINDOWS = 40
 CALIBRATION_SHARE, EVALUATION_SHARE = 0.4, 0.4  # from the start, from the end
 GROUP_SIZE = 64
 AUTO_ROUND_STEPS = 20
-REFINE_STEPS = 20
-FINE_TUNE_STEPS = 48
+REFINE_STEPS = 12
+FINE_TUNE_STEPS = 24
 SKIPPED = 3  # exit status of a child whose package is missing
 
 
