@@ -83,14 +83,14 @@ class QuIPSharp(BlockMethod):
     def finish_block(self, ctx: BlockContext) -> None:
         """Fine-tunes the block."""
         if self.fine_tune_steps and ctx.layers:
-            first, last = tune_block(
+            before, after = tune_block(
                 ctx,
                 steps=self.fine_tune_steps,
                 learning_rate=self.fine_tune_learning_rate,
                 micro_batches=self.fine_tune_batches,
                 seed=self.seed,
             )
-            logger.info("%s: fine-tuning took the relative error from %.4g to %.4g", ctx.name, first, last)
+            logger.info("%s: fine-tuning took the relative error from %.4g to %.4g", ctx.name, before, after)
 
     def empty_layer(
         self,

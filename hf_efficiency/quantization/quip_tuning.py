@@ -20,6 +20,10 @@ from hf_efficiency.calibration.structure import dense_parameters, set_weight_
 from hf_efficiency.quantization.layers.lattice import LatticeLinear
 
 
+# Micro-batches on which the result is compared with the start.
+_JUDGED = 4
+
+
 @dataclass
 class TunedLayer:
     """Master copies of one layer's vectors: SU (d_out,) and SV (d_in,) float32."""
@@ -48,6 +52,8 @@ def tune_block(
 ) -> tuple[float, float]:
     """Fine-tune the vectors of all lattice layers of a block, and its norms and biases.
 
+    What does not lower the loss over the first micro-batches is not kept.
+
     Args:
         ctx: A block whose layers are all stored, with `targets`.
         steps: Updates.
@@ -56,7 +62,7 @@ def tune_block(
         seed: Of the order of micro-batches.
 
     Returns:
-        The mean loss of the first and of the last tenth of the steps.
+        The loss over the first micro-batches before and after, with what was kept.
 
     Raises:
         ValueError: The context has no targets, or the loss is not finite.
@@ -69,25 +75,23 @@ def tune_block(
     optimizer = torch.optim.Adam([*vectors, *masters.values()], lr=learning_rate, betas=(0.9, 0.95))
     order = _cycle(len(ctx.inputs), seed)
     weights = channel_weights(ctx.targets)
-    losses: list[float] = []
     with torch.enable_grad(), _scaled(layers):
+        before = _judge(ctx, masters, weights)
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
             total = 0.0
             for _ in range(micro_batches):
-                i = next(order)
-                output = _run(ctx, masters, i)
-                loss = weighted_error(output, ctx.targets[i].to(output.device), weights) / micro_batches
+                loss = _loss(ctx, masters, weights, next(order)) / micro_batches
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
                 raise ValueError(f"{ctx.name}: the fine-tuning loss is {total}; lower `fine_tune_learning_rate`.")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(total)
-    _write_back(ctx, layers, masters)
-    tenth = max(1, steps // 10)
-    return sum(losses[:tenth]) / tenth, sum(losses[-tenth:]) / tenth
+        after = _judge(ctx, masters, weights)
+    if after < before:
+        _write_back(ctx, layers, masters)
+    return before, min(before, after)
 
 
 @torch.no_grad()
@@ -168,6 +172,19 @@ def _run(ctx: BlockContext, masters: dict[str, Tensor], i: int) -> Tensor:
     # The rest is detached, or the backward pass would form the gradients of all weights.
     tensors = {n: masters[n].to(p.dtype) if n in masters else p.detach() for n, p in ctx.block.named_parameters()}
     return ctx.call(_Swapped(ctx.block, tensors), ctx.inputs[i], i)
+
+
+def _loss(ctx: BlockContext, masters: dict[str, Tensor], weights: Tensor, i: int) -> Tensor:
+    assert ctx.targets is not None
+    output = _run(ctx, masters, i)
+    return weighted_error(output, ctx.targets[i].to(output.device), weights)
+
+
+@torch.no_grad()
+def _judge(ctx: BlockContext, masters: dict[str, Tensor], weights: Tensor) -> float:
+    """The mean loss over the first micro-batches."""
+    judged = range(min(_JUDGED, len(ctx.inputs)))
+    return sum(_loss(ctx, masters, weights, i).item() for i in judged) / len(judged)
 
 
 def _cycle(count: int, seed: int) -> Iterator[int]:

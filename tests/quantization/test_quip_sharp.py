@@ -140,6 +140,19 @@ def test_fine_tuning_lowers_the_error(tiny_llama, tiny_tokens):
     assert all(p.grad is None for p in tiny_llama.parameters())
 
 
+def test_fine_tuning_that_does_not_help_is_not_kept(tiny_llama, tiny_tokens):
+    plain = copy.deepcopy(tiny_llama)
+    untouched = run_blockwise(plain, tiny_tokens, QuIPSharp(), progress=False)
+    settings = QuIPSharp(fine_tune_steps=2, fine_tune_learning_rate=1.0)
+    layers = run_blockwise(tiny_llama, tiny_tokens, settings, progress=False)
+    for name, layer in layers.items():
+        assert torch.equal(layer.codes, untouched[name].codes)
+        assert torch.equal(layer.dequantize(), untouched[name].dequantize())
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, tiny_llama.get_parameter(name))
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_fine_tuning_with_biases_and_conv1d(name, tiny_tokens):
     dense = biased_models()[name]
