@@ -35,6 +35,8 @@ FAMILIES = {
     "phi": ("PhiConfig", _SIZES),
     "phi3": ("Phi3Config", _GROUPED),
     "mixtral": ("MixtralConfig", {**_GROUPED, "num_local_experts": 4}),
+    # Its linear layers are a subclass that writes the product out.
+    "falcon": ("FalconConfig", {**_SIZES, "ffn_hidden_size": 64}),
     # Its ALiBi bias has batch and heads in one axis.
     "bloom": ("BloomConfig", {"vocab_size": 256, "hidden_size": 32, "n_layer": 2, "n_head": 4}),
 }

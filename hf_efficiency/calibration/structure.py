@@ -5,7 +5,9 @@ Shape legend: d_in, d_out features.
 
 import logging
 from collections.abc import Iterable
+from functools import cache
 
+import torch
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,24 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a dense linear layer that can be compressed."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    kind = type(module)
+    return kind is nn.Linear or is_conv1d(module) or (issubclass(kind, nn.Linear) and _only_writes_product(kind))
+
+
+@cache
+def _only_writes_product(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass of `nn.Linear` adds a `forward` and nothing else, and that computes what its base does.
+
+    So Falcon's layers count as dense, but no layer of another package that stores or adapts its weight in its own way.
+    """
+    if kind.__base__ is not nn.Linear or {n for n in vars(kind) if not n.startswith("__")} != {"forward"}:
+        return False
+    probe = nn.utils.skip_init(kind, 3, 2, device="cpu", dtype=torch.float32)
+    x = torch.tensor([[[1.0, -2.0, 4.0]]])
+    with torch.no_grad():
+        probe.weight.copy_(torch.tensor([[1.0, 3.0, -5.0], [7.0, 2.0, 6.0]]))
+        probe.bias.copy_(torch.tensor([8.0, -9.0]))
+        return torch.equal(probe(x), nn.functional.linear(x, probe.weight, probe.bias))
 
 
 def dense_parameters(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
