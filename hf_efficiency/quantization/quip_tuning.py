@@ -19,7 +19,6 @@ from hf_efficiency.calibration.method import BlockContext
 from hf_efficiency.calibration.structure import dense_parameters, set_weight_
 from hf_efficiency.quantization.layers.lattice import LatticeLinear
 
-
 # Micro-batches on which the result is compared with the start.
 _JUDGED = 4
 
@@ -74,21 +73,26 @@ def tune_block(
     masters = _small_parameters(ctx)
     optimizer = torch.optim.Adam([*vectors, *masters.values()], lr=learning_rate, betas=(0.9, 0.95))
     order = _cycle(len(ctx.inputs), seed)
-    weights = channel_weights(ctx.targets)
+    targets, weights = ctx.targets, channel_weights(ctx.targets)
+
+    def loss_of(i: int) -> Tensor:
+        output = _run(ctx, masters, i)
+        return weighted_error(output, targets[i].to(output.device), weights)
+
     with torch.enable_grad(), _scaled(layers):
-        before = _judge(ctx, masters, weights)
+        before = _judge(loss_of, len(ctx.inputs))
         for step in range(steps):
             optimizer.param_groups[0]["lr"] = learning_rate * (1 + math.cos(math.pi * step / steps)) / 2
             total = 0.0
             for _ in range(micro_batches):
-                loss = _loss(ctx, masters, weights, next(order)) / micro_batches
+                loss = loss_of(next(order)) / micro_batches
                 loss.backward()
                 total += loss.item()
             if not math.isfinite(total):
                 raise ValueError(f"{ctx.name}: the fine-tuning loss is {total}; lower `fine_tune_learning_rate`.")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        after = _judge(ctx, masters, weights)
+        after = _judge(loss_of, len(ctx.inputs))
     if after < before:
         _write_back(ctx, layers, masters)
     return before, min(before, after)
@@ -174,17 +178,11 @@ def _run(ctx: BlockContext, masters: dict[str, Tensor], i: int) -> Tensor:
     return ctx.call(_Swapped(ctx.block, tensors), ctx.inputs[i], i)
 
 
-def _loss(ctx: BlockContext, masters: dict[str, Tensor], weights: Tensor, i: int) -> Tensor:
-    assert ctx.targets is not None
-    output = _run(ctx, masters, i)
-    return weighted_error(output, ctx.targets[i].to(output.device), weights)
-
-
 @torch.no_grad()
-def _judge(ctx: BlockContext, masters: dict[str, Tensor], weights: Tensor) -> float:
-    """The mean loss over the first micro-batches."""
-    judged = range(min(_JUDGED, len(ctx.inputs)))
-    return sum(_loss(ctx, masters, weights, i).item() for i in judged) / len(judged)
+def _judge(loss: Callable[[int], Tensor], count: int) -> float:
+    """The mean loss over the first micro-batches, of `count`."""
+    judged = min(_JUDGED, count)
+    return sum(loss(i).item() for i in range(judged)) / judged
 
 
 def _cycle(count: int, seed: int) -> Iterator[int]:
