@@ -4,6 +4,7 @@ Three ways in: quantize while loading (data-free methods, tensor by tensor), qua
 data), and read a quantized checkpoint.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -34,6 +35,8 @@ from transformers.core_model_loading import ConversionOps, WeightTransform
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+
+_NAMED = 3  # layers that a message gives as examples
 
 
 def _is_part(name: str, keys: Iterable[str]) -> bool:
@@ -113,9 +116,11 @@ class EfficiencyQuantizer(HfQuantizer):
         )
         config.skipped_modules = sorted(skip)  # type: ignore[misc]  # shadows the class's default
         prefix, blocks = find_blocks(model)
+        linears = linears_of(prefix, blocks)
+        self._check_names(model, linears)
         targets = {
             name: linear
-            for name, linear in linears_of(prefix, blocks).items()
+            for name, linear in linears.items()
             if should_convert_module(name, skip) and not _is_part(name, skip) and not config.skips(name)
         }
         if not targets:
@@ -124,6 +129,32 @@ class EfficiencyQuantizer(HfQuantizer):
                 "`dynamic` exclude them all."
             )
         return targets
+
+    def _check_names(self, model: PreTrainedModel, linears: Iterable[str]) -> None:
+        """ValueError for a name or pattern of the config that stands for nothing in the model."""
+        config, names = self.quantization_config, [name for name, _ in model.named_modules()]
+        idle = {
+            "modules_to_not_convert": [
+                key
+                for key in config.modules_to_not_convert or []
+                if all(should_convert_module(name, [key]) and not _is_part(name, [key]) for name in names)
+            ],
+            "dynamic": [
+                pattern
+                for pattern in getattr(config, "dynamic", None) or {}
+                # What is skipped may lie outside the blocks, such as the head.
+                if not any(
+                    re.match(pattern[2:] if pattern[:2] in ("-:", "+:") else pattern, name)
+                    for name in (names if pattern.startswith("-:") else linears)
+                )
+            ],
+        }
+        for option, lost in idle.items():
+            if lost:
+                raise ValueError(
+                    f"{option} names {', '.join(map(repr, lost))}, but {type(model).__name__} has no layer called so. "
+                    f"Its layers are called like {', '.join(list(linears)[:_NAMED])}: correct the name or remove it."
+                )
 
     def _stored_linears(self, model: PreTrainedModel, files: list[str] | None) -> dict[str, nn.Module]:
         """Linear layers that the checkpoint holds in packed form: what has no dense weight there."""

@@ -278,6 +278,23 @@ class TestWhichLayers:
         with pytest.raises(ValueError, match="No linear layer of LlamaForCausalLM is left to quantize"):
             load(tiny_llama_dir, config(**exclude, **more))
 
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"modules_to_not_convert": ["mlp", "v_porj"]}, "modules_to_not_convert names 'v_porj', but Llama"),
+            ({"dynamic": {"-:.*v_porj": {}}}, "dynamic names '-:.*v_porj'.*called like model.layers.0.self_attn"),
+            ({"dynamic": {"lm_head": {"bits": 8}}}, "dynamic names 'lm_head'"),
+            ({"dynamic": {"v_proj": {"bits": 8}}}, "dynamic names 'v_proj'"),
+        ],
+    )
+    def test_name_that_nothing_has(self, tiny_llama_dir, fields, message):
+        with pytest.raises(ValueError, match=message):
+            load(tiny_llama_dir, RTNConfig(**fields))
+
+    def test_names_outside_the_blocks(self, tiny_llama_dir):
+        fields = {"modules_to_not_convert": ["lm_head", "embed_tokens"], "dynamic": {"-:.*lm_head": {}}}
+        assert len(quantized_names(load(tiny_llama_dir, RTNConfig(**fields)))) == LINEARS
+
     def test_no_linear_layers(self, tmp_path):
         settings = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 0, "intermediate_size": 64}
         transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).save_pretrained(tmp_path)
