@@ -23,13 +23,13 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a dense linear layer that can be compressed."""
-    kind = type(module)
-    return kind is nn.Linear or is_conv1d(module) or (issubclass(kind, nn.Linear) and _only_writes_product(kind))
+    kind: type = type(module)
+    return kind is nn.Linear or is_conv1d(module) or _only_writes_product(kind)
 
 
 @cache
-def _only_writes_product(kind: type[nn.Linear]) -> bool:
-    """Whether a subclass of `nn.Linear` adds a `forward` and nothing else, and that computes what its base does.
+def _only_writes_product(kind: type) -> bool:
+    """Whether a subclass of `nn.Linear` (no other class) adds a `forward` alone, which computes what its base's does.
 
     So Falcon's layers count as dense, but no layer of another package that stores or adapts its weight in its own way.
     """
