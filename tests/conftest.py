@@ -5,6 +5,8 @@ import os
 # Before any host library is imported: nothing may ask the network, and one thread a worker keeps two workers apart.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Kernels are tested on the CPU, by Triton's interpreter, unless told otherwise.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import copy
 import pydoc_data.topics

@@ -125,6 +125,7 @@ def test_kernels_stand_alone():
     found = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sources("kernels")
+        if "benchmarks" not in path.parts  # these know what they measure, as `benchmarks/` does
         for name in imports(path)
         if not name.startswith(".") and name.split(".")[0] not in allowed
     ]
@@ -142,8 +143,10 @@ def test_each_integration_knows_one_host():
 
 @pytest.mark.parametrize("folder", ["hf_efficiency", "integrations", "kernels"])
 def test_slow_libraries_are_imported_where_they_are_used(folder):
-    allowed = {"integrations": {"trl.py", "trl"}, "kernels": set(sys.stdlib_module_names)}.get(folder, set())
-    assert places(folder, within(*LAZY), skip=allowed, inside_functions=False) == []
+    allowed = {"integrations": {"trl.py", "trl"}}.get(folder, set())
+    found = places(folder, within(*LAZY), skip=allowed, inside_functions=False)
+    # A kernel's Triton code lies in `kernel.py`, which the first launch imports.
+    assert [place for place in found if "/kernel.py imports triton" not in place] == []
 
 
 @pytest.mark.parametrize("folder", ["hf_efficiency", "integrations", "kernels", "tests", "benchmarks"])

@@ -1,0 +1,122 @@
+"""Chooses between a kernel and its reference, for every kernel project.
+
+Each project on the Kernel Hub stands alone, so this file is linked into each of them as `_launch.py`.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("hf_efficiency.kernels")
+
+SETTING = "HF_EFFICIENCY_KERNELS"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# Kernels that failed to compile in this process, and why. They are not tried again.
+_failed: dict[str, str] = {}
+
+
+def namespace(package: str | None) -> str:
+    """The `torch.library` namespace of a kernel package.
+
+    It follows from the name under which the package is imported, so that a copy loaded from the Kernel Hub and the one
+    in `hf_efficiency.kernels` can live in one process.
+    """
+    return str(package).replace(".", "_").replace("-", "_")
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+def kernel_runs(package: str | None, function: str, *tensors: Tensor | None) -> bool:
+    """Whether `function` of the package's `kernel.py` would run on these tensors, and not the reference."""
+    if os.environ.get(SETTING, "").lower() == "reference" or f"{package}.{function}" in _failed or not _has_triton():
+        return False
+    return INTERPRETED or all(t.is_cuda for t in tensors if t is not None)
+
+
+def run(package: str | None, function: str, *args: Any) -> Any:
+    """Calls `function` of the package's `kernel.py`, or of its `reference.py`, which has the same signature.
+
+    The reference runs on a CPU, where Triton is missing, where the environment sets `HF_EFFICIENCY_KERNELS=reference`,
+    and, after one warning that names the reason, where the kernel does not compile on this device.
+    """
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if kernel_runs(package, function, *tensors):
+        kernel: Callable[..., Any] = getattr(import_module(".kernel", package), function)
+        try:
+            with torch.cuda.device_of(tensors[0]):
+                return kernel(*args)
+        except Exception as error:  # judged below
+            if not _did_not_compile(error):
+                raise
+            _failed[f"{package}.{function}"] = str(error)
+            logger.warning(
+                "The Triton kernel %s does not compile on this device; plain torch runs in its place, slower: %s: %s",
+                function,
+                type(error).__name__,
+                error,
+            )
+    reference: Callable[..., Any] = getattr(import_module(".reference", package), function)
+    return reference(*args)
+
+
+def _did_not_compile(error: Exception) -> bool:
+    """Whether an exception comes from Triton's compiler or launcher, and not from what a kernel was given or did."""
+    from triton.errors import TritonError
+
+    if isinstance(error, TritonError):
+        return not INTERPRETED  # there it is a defect of the kernel
+    if type(error) is not RuntimeError:  # torch's out-of-memory and accelerator errors are subclasses
+        return False
+    return any(mark in str(error) for mark in ("PassManager", "compiler", "LLVM", "Triton Error", "ptxas"))
+
+
+def tuned(configs: Sequence[Any], key: Sequence[str], **kwargs: Any) -> Callable[[Any], Any]:
+    """`triton.autotune` whose choice is kept on disk, by key, dtype and device. Interpreted: the first config.
+
+    Args:
+        configs: `triton.Config`s.
+        key: Arguments whose values call for a choice of their own. Bucket sizes before: a choice a class, not a size.
+        **kwargs: For `triton.autotune`.
+    """
+    import triton
+
+    return triton.autotune(list(configs[:1]) if INTERPRETED else list(configs), list(key), cache_results=True, **kwargs)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One compilation that a launch may ask for, so that it can be made ahead of time, without a device.
+
+    Attributes:
+        label: What tells it from the project's others.
+        function: The `@triton.jit` function, without its autotuner.
+        signature: Argument name to Triton type (`"*bf16"`, `"i32"`, `"fp32"`), for all that is no constexpr.
+        constexprs: Argument name to value.
+        num_warps: Of the launch.
+        num_stages: Of the launch.
+        matrix: The code must use matrix instructions.
+        bandwidth_bound: The code must not spill registers, and must load 128 bits at a time.
+        divisible: Arguments (pointers, strides, sizes) that are multiples of 16, as the launcher would find.
+    """
+
+    label: str
+    function: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    num_warps: int = 4
+    num_stages: int = 3
+    matrix: bool = False
+    bandwidth_bound: bool = False
+    divisible: Sequence[str] = field(default=())
