@@ -3,8 +3,10 @@
 Shape legend: n rows of activations, d_in input features, d_out output features.
 """
 
+import os
 from abc import abstractmethod
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,6 +16,13 @@ from torch import Tensor, nn
 BLOCK_ELEMENTS = 1 << 24
 
 TensorSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def default_kernel_devices() -> frozenset[str]:
+    """Types of devices where Triton kernels multiply: GPUs, or none where the environment or a missing Triton say so."""
+    if os.environ.get("HF_EFFICIENCY_KERNELS", "").lower() == "reference" or find_spec("triton") is None:
+        return frozenset()
+    return frozenset({"cuda"})
 
 
 class _RecomputedLinear(torch.autograd.Function):
@@ -43,6 +52,10 @@ class QuantizedLinear(nn.Linear):
         compute_dtype: Floating dtype of `dequantize()`, of the bias, and of the adapters that PEFT adds.
         device: Where the tensors are made (`"meta"` while a checkpoint is being loaded).
         conv1d: The layer stands for a `transformers` `Conv1D`, whose dense weight is stored as (d_in, d_out).
+
+    Attributes:
+        kernel_devices: Types of devices where the format's Triton kernel runs. The empty set turns it off;
+            `HF_EFFICIENCY_KERNELS=reference` in the environment does so for all layers made afterwards.
     """
 
     bias: nn.Parameter | None  # type: ignore[assignment]
@@ -62,6 +75,7 @@ class QuantizedLinear(nn.Linear):
         self.out_features = out_features
         self.compute_dtype = compute_dtype
         self.conv1d = conv1d
+        self.kernel_devices = default_kernel_devices()
         # transformers initializes every nn.Linear that it did not mark as loaded, and would look for a dense weight.
         self._is_hf_initialized = True
         for name, (shape, dtype) in self.declare().items():
@@ -113,9 +127,20 @@ class QuantizedLinear(nn.Linear):
         blocks = [x @ self.dequantize_rows(i, min(i + rows, self.out_features)).to(x.dtype).T for i in starts]
         return torch.cat(blocks, dim=-1)
 
+    def kernel_forward(self, x: Tensor) -> Tensor | None:
+        """x Wᵀ plus the bias for x (n, d_in), by the format's Triton kernel, with a gradient to x.
+
+        None where there is no kernel for this layer's settings.
+        """
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
         """Applies the layer to x (..., d_in) and returns (..., d_out) in the dtype of x."""
         flat = x.reshape(-1, self.in_features)
+        if x.device.type in self.kernel_devices:
+            fast = self.kernel_forward(flat)
+            if fast is not None:
+                return fast.view(*x.shape[:-1], self.out_features)
         if flat.requires_grad and torch.is_grad_enabled():
             y = _RecomputedLinear.apply(flat, self)
         else:
