@@ -19,7 +19,7 @@ TensorSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
 def default_kernel_devices() -> frozenset[str]:
-    """Types of devices where Triton kernels multiply: GPUs, or none where the environment or a missing Triton say so."""
+    """Types of devices where Triton kernels multiply: GPUs; none where the environment says so or Triton is missing."""
     if os.environ.get("HF_EFFICIENCY_KERNELS", "").lower() == "reference" or find_spec("triton") is None:
         return frozenset()
     return frozenset({"cuda"})
