@@ -3,18 +3,19 @@
 Shape legend: b sequences of a micro-batch, t tokens, d hidden size.
 """
 
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_efficiency.calibration.precision import cast_floating
 from hf_efficiency.calibration.structure import is_linear
 
 
-class _FirstBlockReached(Exception):
-    """Ends a forward pass once the input of the first block is known."""
+class _SeenEnough(Exception):
+    """Ends a forward pass once what was looked for is known."""
 
 
 @dataclass
@@ -24,6 +25,10 @@ class BlockCall:
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
     hidden_in_kwargs: bool = False
+
+    def cast(self, dtype: torch.dtype) -> "BlockCall":
+        """The same call with its floating tensors (rotary tables, masks) in `dtype`."""
+        return BlockCall(cast_floating(self.args, dtype), cast_floating(self.kwargs, dtype), self.hidden_in_kwargs)
 
     def __call__(self, block: nn.Module, hidden: Tensor) -> Any:
         """Calls `block` on other hidden states."""
@@ -56,12 +61,12 @@ def first_hidden(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Ten
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         found.append(_split(args, kwargs)[0])
-        raise _FirstBlockReached
+        raise _SeenEnough
 
     handle = blocks[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         model(input_ids=tokens, use_cache=False)
-    except _FirstBlockReached:
+    except _SeenEnough:
         return found[0]
     finally:
         handle.remove()
@@ -88,6 +93,9 @@ def trace(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Trace:
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         groups.append(list(current.values()))
 
+    def reach_head(module: nn.Module, args: tuple[Any, ...]) -> None:
+        raise _SeenEnough  # the output head may cost as much as several blocks
+
     def linear_hook(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if not any(name in members for members in current.values()):
@@ -96,14 +104,18 @@ def trace(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Trace:
 
         return hook
 
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     with ExitStack() as stack:
+        if isinstance(head, nn.Module):
+            stack.callback(head.register_forward_pre_hook(reach_head).remove)
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(leave).remove)
             for name, module in block.named_modules():
                 if is_linear(module):
                     stack.callback(module.register_forward_pre_hook(linear_hook(name)).remove)
-        model(input_ids=tokens, use_cache=False)
+        with suppress(_SeenEnough):
+            model(input_ids=tokens, use_cache=False)
     if len(calls) != len(blocks):
         raise ValueError(
             f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks in one pass; block-by-block "

@@ -19,6 +19,7 @@ from hf_efficiency.calibration.capture import BlockCall, first_hidden, same_call
 from hf_efficiency.calibration.hidden import HiddenStates
 from hf_efficiency.calibration.memory import return_free_memory
 from hf_efficiency.calibration.method import BlockContext, BlockMethod, InputGroup
+from hf_efficiency.calibration.precision import cast_floating, widened, working_dtype
 from hf_efficiency.calibration.resume import BlockCheckpoints
 from hf_efficiency.calibration.statistics import InputStatistics, all_finite
 from hf_efficiency.calibration.stepping import step_through
@@ -131,9 +132,11 @@ class _Engine:
         self.model, self.prefix, self.blocks = model, prefix, blocks
         self.method, self.plan, self.skip, self.store = method, plan, skip, store
         self.device = plan.batches[0].device
+        self.own_dtype = next(blocks.parameters()).dtype
+        self.dtype = working_dtype(self.own_dtype, self.device)
         self.hidden = HiddenStates(offload)
         for batch in plan.batches:
-            self.hidden.append(first_hidden(model, blocks, batch))
+            self.hidden.append(cast_floating(first_hidden(model, blocks, batch), self.dtype))
         self.dense: HiddenStates | None = None
         if method.keep_dense:
             self.dense = HiddenStates(offload)
@@ -148,10 +151,20 @@ class _Engine:
         return layers
 
     def _call(self, index: int, block: nn.Module, x: Tensor, i: int) -> Tensor:
-        return first_tensor(self.plan.calls[i][index](block, x.to(self.device)))
+        call = self.plan.calls[i][index]
+        if self.dtype != self.own_dtype:
+            call = call.cast(self.dtype)
+        return first_tensor(call(block, x.to(self.device)))
 
     @torch.no_grad()
     def _block(self, index: int) -> dict[str, "QuantizedLinear"]:
+        with widened(self.blocks[index], self.dtype):
+            layers = self._run_block(index)
+        for layer_name, layer in layers.items():
+            replace_module(self.model, layer_name, layer)
+        return layers
+
+    def _run_block(self, index: int) -> dict[str, "QuantizedLinear"]:
         block, name = self.blocks[index], f"{self.prefix}.{index}"
         if self.dense is not None:
             for i, x in enumerate(self.dense):
@@ -163,6 +176,7 @@ class _Engine:
             inputs=self.hidden,  # type: ignore[arg-type]  # a sequence of tensors
             targets=self.dense,  # type: ignore[arg-type]
             linears={n: m for n, m in linears_of(name, block).items() if n not in self.skip},
+            dtype=self.own_dtype if self.dtype != self.own_dtype else None,
             call=lambda module, x, i: self._call(index, module, x, i),
         )
         if self.store is not None and self.store.load(ctx):
@@ -172,8 +186,6 @@ class _Engine:
             self._compress(ctx)
             if self.store is not None:
                 self.store.save(ctx)
-        for layer_name, layer in ctx.layers.items():
-            replace_module(self.model, layer_name, layer)
         return ctx.layers
 
     def _advance(self, ctx: BlockContext) -> None:
@@ -229,5 +241,6 @@ class _Engine:
         for name in names:
             if not all_finite(weight_of(ctx.linears[name])):
                 raise ValueError(f"The weight of {name} holds NaN or infinity; the checkpoint is damaged.")
-        group = InputGroup(names, [ctx.linears[n] for n in names], hessian, statistics.abs_mean(), ctx.layers)
+        linears = [ctx.linears[n] for n in names]
+        group = InputGroup(names, linears, hessian, statistics.abs_mean(), ctx.layers, ctx.dtype)
         self.method.compress_group(group)

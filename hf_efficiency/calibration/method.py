@@ -26,6 +26,7 @@ class InputGroup:
         hessian: Mean of x xᵀ over the tokens, (d_in, d_in) float32, undamped.
         abs_mean: Mean of |x|, (d_in,), where the method asks for it.
         layers: The storage layers recorded so far in this block, by name.
+        dtype: The model's own dtype, where the block runs in a wider one; None where it does not.
     """
 
     names: list[str]
@@ -33,6 +34,11 @@ class InputGroup:
     hessian: Tensor
     abs_mean: Tensor | None
     layers: dict[str, "QuantizedLinear"]
+    dtype: torch.dtype | None = None
+
+    def new_layer(self, method: "BlockMethod", name: str) -> "QuantizedLinear":
+        """An empty storage layer of `method` for the member called `name`."""
+        return layer_like(method, name, self.linears[self.names.index(name)], self.dtype)
 
     def store(self, name: str, layer: "QuantizedLinear") -> None:
         """Records the storage layer of `name`; the rest of the block goes on with its decoded weight.
@@ -77,6 +83,7 @@ class BlockContext:
         linears: The dense layers that may be compressed, by full name. Once a group is stored they hold its decoded
             weights.
         layers: The storage layers recorded so far, by full name.
+        dtype: The model's own dtype, where the block runs in a wider one; None where it does not.
         call: Runs the block on other hidden states with the arguments of micro-batch i.
     """
 
@@ -88,6 +95,7 @@ class BlockContext:
     linears: dict[str, nn.Module]
     call: Callable[[nn.Module, Tensor, int], Tensor]
     layers: dict[str, "QuantizedLinear"] = field(default_factory=dict)
+    dtype: torch.dtype | None = None
 
     def run(self, x: Tensor, i: int) -> Tensor:
         """Output (b, t, d) of the block on hidden states x, with the masks and positions of micro-batch i."""
@@ -155,8 +163,13 @@ class BlockMethod:
         return False
 
 
-def layer_like(method: BlockMethod, name: str, linear: nn.Module) -> "QuantizedLinear":
-    """An empty storage layer of `method` for a dense layer, with the dense layer's bias copied."""
+def layer_like(
+    method: BlockMethod, name: str, linear: nn.Module, dtype: torch.dtype | None = None
+) -> "QuantizedLinear":
+    """An empty storage layer of `method` for a dense layer, with the dense layer's bias copied.
+
+    It computes in `dtype`; None: in that of the dense layer.
+    """
     in_features, out_features = linear_sizes(linear)
     weight, bias = dense_parameters(linear)
     layer = method.empty_layer(
@@ -164,7 +177,7 @@ def layer_like(method: BlockMethod, name: str, linear: nn.Module) -> "QuantizedL
         in_features,
         out_features,
         bias=bias is not None,
-        compute_dtype=weight.dtype,
+        compute_dtype=dtype or weight.dtype,
         device=weight.device,
         conv1d=is_conv1d(linear),
     )

@@ -77,7 +77,7 @@ class BlockCheckpoints:
         with safe_open(path, framework="pt") as file:
             names = json.loads(file.metadata()["layers"])
             for name in names:
-                layer = layer_like(self.method, name, ctx.linears[name])
+                layer = layer_like(self.method, name, ctx.linears[name], ctx.dtype)
                 keys = [k for k in file.keys() if k.startswith(f"layer.{name}.")]  # noqa: SIM118 - no mapping
                 layer.load_state_dict({k.removeprefix(f"layer.{name}."): file.get_tensor(k) for k in keys})
                 ctx.layers[name] = layer

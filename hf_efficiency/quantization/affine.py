@@ -78,7 +78,9 @@ class AffineGrid:
         for step in range(_CLIP_STEPS):
             shrink = 1 - step * (1 - _CLIP_FLOOR) / _CLIP_STEPS
             scale, zero = self._parameters(low * shrink, high * shrink)
-            error = self._round_trip(tiles, scale.unsqueeze(-1), zero.unsqueeze(-1)).sub_(tiles).square_()
+            # The reciprocal costs a third of a division. Where it rounds otherwise, both neighbours are as good.
+            error = self._round_trip(tiles, scale.reciprocal().unsqueeze(-1), scale.unsqueeze(-1), zero.unsqueeze(-1))
+            error = error.sub_(tiles).square_()
             total = (error if spread is None else error.mul_(spread)).sum(-1)
             better = total < best
             best = torch.where(better, total, best)
@@ -86,8 +88,8 @@ class AffineGrid:
             best_zero = torch.where(better, zero, best_zero)
         return best_scale, best_zero
 
-    def _round_trip(self, w: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-        return (w / scale).round_().add_(zero).clamp_(0, self.top).sub_(zero).mul_(scale)
+    def _round_trip(self, w: Tensor, inverse: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        return (w * inverse).round_().add_(zero).clamp_(0, self.top).sub_(zero).mul_(scale)
 
     def quantize(self, weight: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor | None = None) -> AffineTensors:
         """Rounds to the nearest code. weight (d_out, d_in), scales and zeros (d_out, g)."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_efficiency.calibration.method import BlockContext, InputGroup, layer_like
+from hf_efficiency.calibration.method import BlockContext, InputGroup
 from hf_efficiency.calibration.statistics import InputStatistics
 from hf_efficiency.calibration.structure import linear_sizes, weight_of
 from hf_efficiency.quantization.affine import AffineGrid
@@ -126,8 +126,8 @@ class AWQ(AffineMethod):
 
     def compress_group(self, group: InputGroup) -> None:
         """Rounds every member, whose channels are scaled already."""
-        for name, linear, weight in zip(group.names, group.linears, group.weights(), strict=True):
-            layer = layer_like(self, name, linear)
+        for name, weight in zip(group.names, group.weights(), strict=True):
+            layer = group.new_layer(self, name)
             if not isinstance(layer, AffineLinear):
                 raise TypeError(f"{name}: AWQ stores into AffineLinear, got {type(layer).__name__}.")
             grid = self.grid(name)

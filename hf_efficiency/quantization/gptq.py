@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_efficiency.calibration.method import InputGroup, layer_like
+from hf_efficiency.calibration.method import InputGroup
 from hf_efficiency.calibration.statistics import all_finite
 from hf_efficiency.quantization.affine import AffineGrid
 from hf_efficiency.quantization.formats import AffineTensors, default_g_idx
@@ -67,7 +67,7 @@ class GPTQ(AffineMethod):
             result = gptq_solve(rows, inverse, grid, order)
             start = 0
             for i in members:
-                layer = layer_like(self, group.names[i], group.linears[i])
+                layer = group.new_layer(self, group.names[i])
                 if not isinstance(layer, AffineLinear):
                     raise TypeError(f"GPTQ stores into AffineLinear, got {type(layer).__name__}.")
                 rows_i = slice(start, start + layer.out_features)
@@ -84,19 +84,19 @@ def inverse_factor(hessian: Tensor, order: Tensor | None, damp_percent: float, n
     Raises:
         ValueError: If the damped Hessian is not positive definite even at the largest damping.
     """
-    h = hessian.clone()
+    # With J the reversal of columns and J H J = L Lᵀ, the inverse has the factor U = J L⁻¹ J: one factorization and one
+    # triangular inverse, where factorizing H, inverting it and factorizing again takes twice the work.
+    columns = torch.arange(len(hessian), device=hessian.device) if order is None else order
+    h = hessian[columns.flip(0)].index_select(1, columns.flip(0))
     diagonal = h.diagonal()
     mean = diagonal.mean()
     # A feature that never fired has no say: an identity row leaves its weights to plain rounding.
     diagonal[diagonal <= 0] = mean if mean > 0 else 1.0
-    if order is not None:
-        h = h[order][:, order]
+    undamped = diagonal.clone()
     for attempt in range(_DAMP_RETRIES):
-        damped = h.clone()
-        damped.diagonal().add_(damp_percent * 10**attempt * mean.clamp(min=torch.finfo(h.dtype).tiny))
-        # With J the reversal of columns and J H J = L Lᵀ, the inverse has the factor U = J L⁻¹ J: one factorization and
-        # one triangular inverse, where factorizing H, inverting it and factorizing again takes twice the work.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        damping = damp_percent * 10**attempt * mean.clamp(min=torch.finfo(h.dtype).tiny)
+        diagonal.copy_(undamped + damping)
+        lower, info = torch.linalg.cholesky_ex(h)
         if not info:
             factor = invert_lower(lower).flip(0, 1)
             if all_finite(factor):

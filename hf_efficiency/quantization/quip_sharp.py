@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_efficiency.calibration.method import BlockContext, BlockMethod, InputGroup, layer_like
+from hf_efficiency.calibration.method import BlockContext, BlockMethod, InputGroup
 from hf_efficiency.quantization.e8p import CODEBOOKS, DIM
 from hf_efficiency.quantization.hadamard import hadamard_transform
 from hf_efficiency.quantization.layers.base import QuantizedLinear
@@ -133,7 +133,7 @@ class QuIPSharp(BlockMethod):
             rows = slice(start, start + len(rotated[i]))
             start = rows.stop
             fit = best_scale(target[rows], quantized[rows], hessian)
-            layer = layer_like(self, name, group.linears[i])
+            layer = group.new_layer(self, name)
             _fill(layer, [c[rows] for c in codes], fit * scale / codebook.scale, seed)
             group.store(name, layer)
 

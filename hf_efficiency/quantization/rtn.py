@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from hf_efficiency.calibration.method import InputGroup, layer_like
+from hf_efficiency.calibration.method import InputGroup
 from hf_efficiency.quantization.affine import AffineGrid
 from hf_efficiency.quantization.layers.affine import AffineLinear
 from hf_efficiency.quantization.layers.base import QuantizedLinear
@@ -63,7 +63,7 @@ class RTN(AffineMethod):
 
     def compress_group(self, group: InputGroup) -> None:
         """Rounds every member; the statistics are not used (only refinement needs the engine)."""
-        for name, linear, weight in zip(group.names, group.linears, group.weights(), strict=True):
-            layer = layer_like(self, name, linear)
+        for name, weight in zip(group.names, group.weights(), strict=True):
+            layer = group.new_layer(self, name)
             self.quantize_weight(name, weight, layer)
             group.store(name, layer)
