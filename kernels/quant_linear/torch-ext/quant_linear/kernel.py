@@ -1,0 +1,427 @@
+"""The Triton code. Imported on the first launch only.
+
+Shape legend: n rows, d_in, d_out features, g groups along d_in. Weights are read as they are stored.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._launch import INTERPRETED, Variant, tuned
+from .decode import biased, exact, gptq_parts, quad_of, weights, zero_points
+
+_MULTIPROCESSORS = 132  # of an H100; other cards get more or fewer waves
+_LANES = 4  # of `_gptq_few`: each warp reads its own stretch of d_in
+_COLUMNS = 128  # outputs of one program of `_gptq_few`: 4 words a thread
+_AWQ_LANES, _AWQ_WORDS, _AWQ_SPAN = 8, 32, 32  # of `_awq_few`: 2 warps, each 4 lanes of 8 threads
+_FEW = {False: 4, True: 2}  # rows up to which sums are taken without matrix instructions; AWQ's need 8 sums a word
+_SUM_BLOCK = 128
+_WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's products of bfloat16 are wrong
+_HALF = (torch.float16, torch.bfloat16)
+_TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@triton.jit(do_not_specialize=["n", "steps"])
+def _gptq_few(
+    x_ptr, q_ptr, z_ptr, s_ptr, sums_ptr, n, d_in, d_out, group_size, steps,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, X: tl.constexpr,
+    LANES: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Bound by the bandwidth of qweight, then by integer instructions: 1.5 a code of 4 bits, beside ROWS multiplies.
+
+    Each warp (lane) reads a stretch of SPAN columns that lies in one group, four outputs a thread; codes are summed as
+    they are, plus powers of two, and scale and zero point come in once a stretch.
+    """
+    PART: tl.constexpr = 8 if BITS == 3 else 32 // BITS
+    SHARED: tl.constexpr = 1 if X == tl.float32 else 8 // BITS
+    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    inside = column < d_out
+    lane = tl.arange(0, LANES)
+    totals = ()
+    for _ in tl.static_range(ROWS):
+        totals += (tl.zeros((LANES, COLUMNS), tl.float32),)
+    for step in range(steps):
+        first = ((tl.program_id(1) * steps + step) * LANES + lane) * SPAN
+        parts = gptq_parts(q_ptr, first[:, None], column, inside, d_in, d_out, SPAN, BITS)
+        group = tl.minimum(first, d_in - 1)[:, None] // group_size
+        scale = tl.load(s_ptr + group * d_out + column, inside, 0.0).to(tl.float32)
+        zero = exact(zero_points(z_ptr, group, column, inside, d_out, BITS, OFFSET, False)) - 8388608.0
+        sums, x_sums, shares = (), (), ()
+        for _ in tl.static_range(ROWS):
+            sums += (tl.zeros((LANES, COLUMNS), tl.float32),)
+            x_sums += (tl.zeros((LANES,), tl.float32),)
+            shares += (tl.zeros((LANES,), tl.float32),)
+        for start in tl.static_range(0, SPAN, 4):
+            code = ()
+            for i in tl.static_range(start, start + 4):
+                code += (biased(parts[i // PART], i % PART, BITS, SHARED),)
+            new_sums, new_x_sums, new_shares = (), (), ()
+            for row in tl.static_range(ROWS):
+                x = quad_of(x_ptr, row * d_in + first + start, (first + start < d_in) & (lane * 0 + row < n), X)
+                total, x_sum, share = sums[row], x_sums[row], shares[row]
+                for i in tl.static_range(4):
+                    bias = 1 << (BITS * (SHARED - i % SHARED))
+                    total += x[i][:, None] * code[i]
+                    x_sum += x[i]
+                    share += x[i] * bias
+                new_sums += (total,)
+                new_x_sums += (x_sum,)
+                new_shares += (share,)
+            sums, x_sums, shares = new_sums, new_x_sums, new_shares
+        new_totals = ()
+        for row in tl.static_range(ROWS):
+            centred = sums[row] - shares[row][:, None] - zero * x_sums[row][:, None]
+            new_totals += (totals[row] + centred * scale,)
+        totals = new_totals
+    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    for row in tl.static_range(ROWS):
+        to = sums_ptr + (tl.program_id(1) * n + row) * d_out + at
+        tl.store(to, tl.sum(totals[row], 0), (at < d_out) & (at * 0 + row < n))
+
+
+@triton.jit(do_not_specialize=["n", "steps"])
+def _awq_few(
+    x_ptr, q_ptr, z_ptr, s_ptr, sums_ptr, n, d_in, d_out, group_size, steps,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, X: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """As `_gptq_few`, but a word holds eight outputs of one column: each nibble of a word has a sum of its own."""
+    SHARED: tl.constexpr = 1 if X == tl.float32 else 2
+    word = (tl.program_id(0) * WORDS + tl.arange(0, WORDS))[None, :]
+    width = d_out // 8
+    inside = word < width
+    lane = tl.arange(0, LANES)
+    totals = ()
+    for _ in tl.static_range(ROWS * 8):
+        totals += (tl.zeros((LANES, WORDS), tl.float32),)
+    for step in range(steps):
+        first = ((tl.program_id(1) * steps + step) * LANES + lane) * SPAN
+        at = q_ptr + first.to(tl.int64)[:, None] * width + word
+        sums, x_sums = (), ()
+        for _ in tl.static_range(ROWS * 8):
+            sums += (tl.zeros((LANES, WORDS), tl.float32),)
+        for _ in tl.static_range(ROWS):
+            x_sums += (tl.zeros((LANES,), tl.float32),)
+        for start in tl.static_range(0, SPAN, 16):
+            words = ()
+            for i in tl.static_range(start, start + 16):
+                mask = inside & (first + i < d_in)[:, None]
+                words += (tl.load(at + i * width, mask, 0).to(tl.uint32, bitcast=True),)
+            for quad in tl.static_range(0, 16, 4):
+                new_sums, new_x_sums = (), ()
+                for row in tl.static_range(ROWS):
+                    column = first + start + quad
+                    x = quad_of(x_ptr, row * d_in + column, (column < d_in) & (lane * 0 + row < n), X)
+                    new_x_sums += (x_sums[row] + ((x[0] + x[1]) + (x[2] + x[3])),)
+                    for nibble in tl.static_range(8):
+                        total = sums[row * 8 + nibble]
+                        for i in tl.static_range(4):
+                            total += x[i][:, None] * biased(words[quad + i], nibble, 4, SHARED)
+                        new_sums += (total,)
+                sums, x_sums = new_sums, new_x_sums
+        group = tl.minimum(first, d_in - 1)[:, None] // group_size
+        zeros = tl.load(z_ptr + group * width + word, inside, 0).to(tl.uint32, bitcast=True)
+        new_totals = ()
+        for i in tl.static_range(ROWS * 8):
+            output = i % 8 % 4 * 2 + i % 8 // 4
+            scale = tl.load(s_ptr + group * d_out + word * 8 + output, inside, 0.0).to(tl.float32)
+            # the zero point has the same power of two added as the codes
+            centred = sums[i] - biased(zeros, i % 8, 4, SHARED) * x_sums[i // 8][:, None]
+            new_totals += (totals[i] + centred * scale,)
+        totals = new_totals
+    at_word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+    for i in tl.static_range(ROWS * 8):
+        output = i % 8 % 4 * 2 + i % 8 // 4
+        to = sums_ptr + (tl.program_id(1) * n + i // 8) * d_out + at_word * 8 + output
+        tl.store(to, tl.sum(totals[i], 0), (at_word < width) & (at_word * 0 + i // 8 < n))
+
+
+@triton.jit
+def _dot(a, b, total):
+    if _WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["n", "steps", "size"])
+def _many(
+    x_ptr, q_ptr, z_ptr, s_ptr, g_ptr, bias_ptr, y_ptr, n, d_in, d_out, group_size, steps, size,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr, UNIFORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Up to 64 rows: bound by the bandwidth of qweight; above, by tensor cores and by decoding once for BLOCK_M rows.
+
+    Programs that share a tile of the weight follow each other, so that it comes from memory once. Those of the
+    grid's second dimension share d_in and write partial sums one after the other into `y_ptr`.
+    """
+    tiles = tl.cdiv(n, BLOCK_M)
+    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    n0 = tl.program_id(0) // tiles * BLOCK_N
+    split = tl.program_id(1)
+    x_row = x_ptr + row.to(tl.int64)[:, None] * d_in
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(d_in, BLOCK_K))):
+        k0 = step * BLOCK_K
+        k = (k0 + tl.arange(0, BLOCK_K))[None, :]
+        x = tl.load(x_row + k, (row < n)[:, None] & (k < d_in), 0.0)
+        w = weights(q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, group_size, BITS, OFFSET, AWQ, UNIFORM,
+                     BLOCK_K, BLOCK_N)  # fmt: skip
+        total = _dot(x, w.to(x.dtype), total)
+    column = n0 + tl.arange(0, BLOCK_N)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + column, column < d_out, 0.0).to(tl.float32)[None, :]
+    y_row = y_ptr + (split * n + row).to(tl.int64)[:, None] * d_out
+    tl.store(y_row + column[None, :], total, (row < n)[:, None] & (column < d_out)[None, :])
+
+
+@triton.jit(do_not_specialize=["n", "steps", "size"])
+def _gradient(
+    g_out_ptr, q_ptr, z_ptr, s_ptr, g_ptr, gx_ptr, n, d_in, d_out, group_size, steps, size,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr, UNIFORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """As `_many`, for the gradient with respect to x: the same tiles of the weight, transposed, summed over d_out."""
+    tiles = tl.cdiv(n, BLOCK_M)
+    row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    k0 = tl.program_id(0) // tiles * BLOCK_K
+    split = tl.program_id(1)
+    g_row = g_out_ptr + row.to(tl.int64)[:, None] * d_out
+    total = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for step in range(split * steps, tl.minimum(split * steps + steps, tl.cdiv(d_out, BLOCK_N))):
+        n0 = step * BLOCK_N
+        column = (n0 + tl.arange(0, BLOCK_N))[None, :]
+        g = tl.load(g_row + column, (row < n)[:, None] & (column < d_out), 0.0)
+        w = weights(q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, group_size, BITS, OFFSET, AWQ, UNIFORM,
+                     BLOCK_K, BLOCK_N)  # fmt: skip
+        total = _dot(g, tl.trans(w.to(g.dtype)), total)
+    k = k0 + tl.arange(0, BLOCK_K)
+    gx_row = gx_ptr + (split * n + row).to(tl.int64)[:, None] * d_in
+    tl.store(gx_row + k[None, :], total, (row < n)[:, None] & (k < d_in)[None, :])
+
+
+@triton.jit(do_not_specialize=["parts"])
+def _sum_parts(parts_ptr, bias_ptr, y_ptr, parts, count, width, BLOCK: tl.constexpr):
+    """Partial sums (parts, count) to y (count,), always in the same order, eight loads at a time."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = index < count
+    part = tl.arange(0, 8)
+    totals = tl.zeros((8, BLOCK), tl.float32)
+    for start in range(0, parts, 8):
+        mask = (start + part < parts)[:, None] & inside[None, :]
+        at = parts_ptr + (start + part).to(tl.int64)[:, None] * count + index[None, :]
+        totals += tl.load(at, mask, 0.0)
+    total = tl.sum(totals, 0)
+    if bias_ptr is not None:
+        total += tl.load(bias_ptr + index % width, inside, 0.0).to(tl.float32)
+    tl.store(y_ptr + index, total, inside)
+
+
+class _Weight(NamedTuple):
+    """A packed weight and how to read it."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor | None
+    bits: int
+    group_size: int  # d_in for one group
+    offset: int
+    awq: bool
+    d_in: int
+    d_out: int
+
+    def block(self) -> tuple[int, bool]:
+        """Columns of a tile, and whether they always lie in one group."""
+        if self.g_idx is None:
+            if self.group_size >= self.d_in or self.group_size % 64 == 0:
+                return 64, True
+            if self.group_size % 32 == 0:
+                return 32, True
+        return 32, False
+
+
+def _weight(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, group_size: int, offset: int,
+    awq: bool = False,
+) -> _Weight:  # fmt: skip
+    d_in = qweight.shape[0] if awq else qweight.shape[0] * 32 // bits
+    size = d_in if group_size == -1 else group_size
+    tensors = (t.contiguous() for t in (qweight, qzeros, scales))
+    index = None if g_idx is None else g_idx.contiguous()
+    return _Weight(*tensors, index, bits, size, offset, awq, d_in, scales.shape[1])
+
+
+def _splits(programs: int, steps: int, wanted: int) -> tuple[int, int]:
+    """Into how many runs of how many steps a sum is split so that about `wanted` programs share the work."""
+    each = triton.cdiv(steps, max(1, min(steps, wanted // programs)))
+    return triton.cdiv(steps, each), each
+
+
+def _is_for_few(n: int, w: _Weight) -> bool:
+    whole = w.group_size >= w.d_in or w.group_size % 32 == 0
+    return n <= _FEW[w.awq] and w.g_idx is None and whole and w.d_in % 4 == 0
+
+
+def _sums_of_few(x: Tensor, w: _Weight) -> Tensor:
+    """Partial sums (parts, n, d_out) float32 of up to four rows."""
+    n, kind = len(x), _TRITON[x.dtype]
+    if x.dtype in _HALF:
+        x = (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int64)
+    span = 64 if w.group_size >= w.d_in or w.group_size % 64 == 0 else 32
+    lanes, span, columns = (_AWQ_LANES, _AWQ_SPAN, 8 * _AWQ_WORDS) if w.awq else (_LANES, span, _COLUMNS)
+    blocks = triton.cdiv(w.d_out, columns)
+    parts, steps = _splits(blocks, triton.cdiv(w.d_in, lanes * span), 8 * _MULTIPROCESSORS)
+    sums = torch.empty(parts, n, w.d_out, dtype=torch.float32, device=x.device)
+    shared = (x, w.qweight, w.qzeros, w.scales, sums, n, w.d_in, w.d_out, w.group_size, steps)
+    rows = triton.next_power_of_2(n)
+    if w.awq:
+        _awq_few[blocks, parts](*shared, rows, span, kind, _AWQ_LANES, _AWQ_WORDS, num_warps=2)
+    else:
+        _gptq_few[blocks, parts](*shared, w.bits, w.offset, rows, span, kind, _LANES, _COLUMNS, num_warps=_LANES)
+    return sums
+
+
+# BLOCK_M, BLOCK_N, warps, stages by the largest number of rows; above, the tuner chooses. Float32 has no matrix
+# instructions of full precision: a small tile whatever the rows.
+_TILES = {16: (16, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 3)}
+_WIDE_TILE = (32, 64, 4, 2)
+# The largest tile decodes least often; the others leave room for more programs, or fit cards with less memory a block.
+_TUNED_TILES = ((128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3))
+
+
+def _tile(n: int, dtype: torch.dtype) -> tuple[int, int, int, int] | None:
+    """None where the tuner is to choose."""
+    if dtype == torch.float32:
+        return _WIDE_TILE
+    return next((tile for rows, tile in _TILES.items() if n <= rows), None)
+
+
+def _configs() -> list[triton.Config]:
+    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in _TUNED_TILES]
+
+
+_TUNING_KEY = ("size", "BITS", "AWQ", "UNIFORM", "BLOCK_K")
+_tuned_many = tuned(_configs(), _TUNING_KEY)(_many)
+_tuned_gradient = tuned(_configs(), _TUNING_KEY)(_gradient)
+
+
+def _multiply(x: Tensor, w: _Weight, bias: Tensor | None, backward: bool) -> Tensor:
+    """x W + bias for x (n, d_in), or x Wᵀ for x (n, d_out), by matrix instructions."""
+    n = len(x)
+    tile = _tile(n, x.dtype)
+    block_m, block_n, warps, stages = tile or _TUNED_TILES[0]
+    block_k, uniform = w.block()
+    columns, inner, out_block, step = w.d_out, w.d_in, block_n, block_k
+    if backward:
+        columns, inner, out_block, step = w.d_in, w.d_out, block_k, block_n
+    programs = triton.cdiv(n, block_m) * triton.cdiv(columns, out_block)
+    parts, steps = _splits(programs, triton.cdiv(inner, step), 2 * _MULTIPROCESSORS)
+    y = torch.empty(n, columns, dtype=x.dtype, device=x.device)
+    to = torch.empty(parts, n, columns, dtype=torch.float32, device=x.device) if parts > 1 else y
+    at_once = bias if parts == 1 else None
+
+    def grid(meta: dict[str, int]) -> tuple[int, int]:
+        width = meta["BLOCK_K"] if backward else meta["BLOCK_N"]
+        return triton.cdiv(n, meta["BLOCK_M"]) * triton.cdiv(columns, width), parts
+
+    args: tuple[Any, ...] = (x, w.qweight, w.qzeros, w.scales, w.g_idx)
+    args += (to,) if backward else (at_once, to)
+    size = (n > 128) + (n > 512)
+    args += (n, w.d_in, w.d_out, w.group_size, steps, size)
+    meta: dict[str, Any] = {"BITS": w.bits, "OFFSET": w.offset, "AWQ": w.awq, "UNIFORM": uniform, "BLOCK_K": block_k}
+    if tile is None:
+        (_tuned_gradient if backward else _tuned_many)[grid](*args, **meta)
+    else:
+        meta |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": stages}
+        (_gradient if backward else _many)[grid](*args, **meta)
+    return y if parts == 1 else _add_parts(to, bias, y)
+
+
+def _add_parts(sums: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    count = y.numel()
+    _sum_parts[(triton.cdiv(count, _SUM_BLOCK),)](sums, bias, y, len(sums), count, y.shape[1], _SUM_BLOCK)
+    return y
+
+
+def _forward(x: Tensor, w: _Weight, bias: Tensor | None) -> Tensor:
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
+    n = len(x)
+    if not n:
+        return x.new_empty(0, w.d_out)
+    if _is_for_few(n, w):
+        return _add_parts(_sums_of_few(x, w), bias, x.new_empty(n, w.d_out))
+    return _multiply(x, w, bias, backward=False)
+
+
+def _backward(grad: Tensor, w: _Weight) -> Tensor:
+    return _multiply(grad.contiguous(), w, None, backward=True) if len(grad) else grad.new_empty(0, w.d_in)
+
+
+def gptq_linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bias: Tensor | None,
+    bits: int, group_size: int, zero_offset: int,
+) -> Tensor:  # fmt: skip
+    """As in `reference.py`."""
+    return _forward(x, _weight(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset), bias)
+
+
+def gptq_linear_backward(
+    grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None,
+    bits: int, group_size: int, zero_offset: int,
+) -> Tensor:  # fmt: skip
+    """As in `reference.py`."""
+    return _backward(grad, _weight(qweight, qzeros, scales, g_idx, bits, group_size, zero_offset))
+
+
+def awq_linear(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, group_size: int
+) -> Tensor:
+    """As in `reference.py`."""
+    return _forward(x, _weight(qweight, qzeros, scales, None, 4, group_size, 0, awq=True), bias)
+
+
+def awq_linear_backward(grad: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Tensor:
+    """As in `reference.py`."""
+    return _backward(grad, _weight(qweight, qzeros, scales, None, 4, group_size, 0, awq=True))
+
+
+def variants() -> list[Variant]:
+    """Every compilation that a launch may ask for, in bfloat16, and those of other dtypes whose code differs."""
+    few = {"x_ptr": "*i64", "q_ptr": "*i32", "z_ptr": "*i32", "s_ptr": "*fp16", "sums_ptr": "*fp32"}
+    few |= dict.fromkeys(("n", "d_in", "d_out", "group_size", "steps"), "i32")
+    big = ["x_ptr", "q_ptr", "z_ptr", "s_ptr", "sums_ptr", "d_in", "d_out", "group_size"]
+
+    def of_few(bits: int, rows: int, span: int, kind: Any = tl.bfloat16) -> Variant:
+        signature = few | ({"x_ptr": "*fp32"} if kind == tl.float32 else {})
+        constexprs = {"BITS": bits, "OFFSET": 1, "ROWS": rows, "SPAN": span, "X": kind}
+        constexprs |= {"LANES": _LANES, "COLUMNS": _COLUMNS}
+        label = f"few {bits} bits, {rows} rows, span {span}, {kind}"
+        return Variant(label, _gptq_few, signature, constexprs, _LANES, bandwidth_bound=True, divisible=big)
+
+    def of_awq(rows: int) -> Variant:
+        constexprs = {"ROWS": rows, "SPAN": _AWQ_SPAN, "X": tl.bfloat16, "LANES": _AWQ_LANES, "WORDS": _AWQ_WORDS}
+        return Variant(f"few awq, {rows} rows", _awq_few, few, constexprs, 2, bandwidth_bound=True, divisible=big)
+
+    def of_many(
+        bits: int, tile: tuple[int, int, int, int], block_k: int = 64, awq: bool = False, index: str | None = "uniform",
+        kind: str = "*bf16", backward: bool = False,
+    ) -> Variant:  # fmt: skip
+        m, n, warps, stages = tile
+        signature = dict.fromkeys(("q_ptr", "z_ptr"), "*i32") | {"s_ptr": "*fp16", "g_ptr": "*i32"}
+        signature |= dict.fromkeys(("g_out_ptr", "gx_ptr") if backward else ("x_ptr", "bias_ptr", "y_ptr"), kind)
+        constexprs: dict[str, Any] = {"BITS": bits, "OFFSET": 1, "AWQ": awq, "UNIFORM": index == "uniform"}
+        constexprs |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": block_k}
+        if index != "g_idx":
+            constexprs["g_ptr"] = None
+        signature |= dict.fromkeys(("n", "d_in", "d_out", "group_size", "steps", "size"), "i32")
+        divisible = [name for name in signature if name.endswith("ptr")] + ["d_in", "d_out", "group_size"]
+        divisible = [name for name in divisible if name not in constexprs]
+        name = "gradient" if backward else "many"
+        label = f"{name} {'awq' if awq else bits} {tile} {block_k} {index} {kind}"
+        function = _gradient if backward else _many
+        return Variant(label, function, signature, constexprs, warps, stages, kind != "*fp32", divisible=divisible)
+
+    made = [of_few(bits, rows, 64) for bits in (2, 3, 4, 8) for rows in (1, 2, 4)]
+    return made
