@@ -115,6 +115,25 @@ class LUTLinear(QuantizedLinear):
         rows = values[begin - first * size : end - first * size].view(stop - start, self.in_features)
         return rows.to(self.compute_dtype)
 
+    def kernel_forward(self, x: Tensor) -> Tensor | None:
+        """See `QuantizedLinear`; None for a dtype that the kernel lacks."""
+        from hf_efficiency.kernels.lut_linear import lut_linear
+
+        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+            return None
+        nested = ("nested_quant_map", "nested_absmax", "nested_offset") if self.double_quant else ()
+        octets = self.weight.view(torch.uint8).view(-1)[: -(-self.in_features * self.out_features // 2)]
+        return lut_linear(
+            x,
+            octets,
+            self.quant_map,
+            self.absmax,
+            self.bias,
+            out_features=self.out_features,
+            block_size=self.block_size,
+            **{name.replace("quant_", ""): getattr(self, name) for name in nested},
+        )
+
     def _pairs(self) -> Tensor:
         """(256,) int64: the two float32 values that a byte stands for, as one word. One gather decodes two codes."""
         octet = torch.arange(256, device=self.quant_map.device)

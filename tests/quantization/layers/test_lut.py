@@ -146,3 +146,36 @@ def test_compiles_without_graph_break() -> None:
     with torch.no_grad():
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert torch.equal(compiled(x), layer(x))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize(("block_size", "quant_type"), [(32, "nf4"), (64, "fp4"), (4096, "nf4")])
+def test_kernel_agrees(block_size: int, quant_type: str, double_quant: bool, bias: bool) -> None:
+    """The Triton kernel, interpreted, against the layer's own product and gradient."""
+    layer, _ = _layer(block_size=block_size, double_quant=double_quant, bias=bias)
+    layer.quant_type = quant_type
+    if quant_type == "fp4":
+        layer.quant_map.copy_(torch.randn(16))
+    x = torch.randn(2, 3, 40, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    grad = torch.randn(2, 3, layer.out_features)
+    expected = layer(x)
+    layer.kernel_devices = frozenset({"cpu"})
+    actual = layer(x)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual, x, grad)[0], torch.autograd.grad(expected, x, grad)[0], atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("d_in", [33, 64])
+def test_kernel_reads_any_storage(d_in: int) -> None:
+    """The codes of 33 x 5 weights are 83 bytes, stored in 42 words of 2."""
+    layer, weight = _layer(d_in=d_in, d_out=5)
+    method = NF4(quant_storage="bfloat16")
+    other = method.empty_layer("x", d_in, 5)
+    method.quantize_weight("x", weight, other)
+    other.kernel_devices = frozenset({"cpu"})
+    x = torch.randn(2, d_in)
+    torch.testing.assert_close(other(x), layer(x), atol=1e-5, rtol=1e-5)
+    assert other.kernel_forward(x.double()) is None
