@@ -101,6 +101,31 @@ def test_gradcheck_of_the_reference(kind, monkeypatch):
     assert torch.autograd.gradcheck(total, (x, w, bias))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_touched_around_the_buffers(kind):
+    """A chunk of rows with padding, and the teacher's logits with none."""
+    ours, theirs = torch.randn(3, 64), guarded(torch.randn(3, 37))
+    ours[:, 37:] = math.nan
+    logits, weights = guarded(ours), guarded(torch.tensor([1.0, 0.0, 2.0]))
+    settings = chunked.Settings(kind, 0.4, 1.0, 37, True)
+    with poisoned():
+        losses = kernel.divergence_(logits, theirs, weights, None, None, settings)
+    assert_close(losses, reference.divergence_(ours, theirs, weights, None, None, settings))
+    assert_close(logits[:, :37], ours[:, :37])
+    assert all(map(guards_intact, (logits, theirs, weights)))
+
+
+def test_backward_twice():
+    """What the first backward pass gave stays what it is."""
+    x, w, y, u, _ = problem(4, 30, 8, 8)
+    x, w = x.requires_grad_(), w.requires_grad_()
+    loss = distill_loss(x, w, y, u)
+    once = torch.autograd.grad(loss, (x, w), retain_graph=True)
+    twice = torch.autograd.grad(loss * 2, (x, w))
+    for a, b in zip(once, twice, strict=True):
+        assert_close(2 * a, b)
+
+
 def test_numbers_by_hand():
     """Student (1/2, 1/2), teacher (3/4, 1/4): logits 0, 0 and ln 3, 0."""
     x, y, head = torch.zeros(1, 2), torch.tensor([[math.log(3), 0]]), torch.eye(2)
@@ -257,7 +282,7 @@ def test_logits_of_the_teacher():
     wider[:, :35] = logits
     for kind in KINDS:
         expected = distill_loss(x, w, y, u, weights=weights, divergence=kind)
-        for given in (logits, logits.T.contiguous().T, wider):
+        for given in (guarded(logits), logits.T.contiguous().T, wider):
             actual = distill_loss_from_logits(x, w, given, weights=weights, divergence=kind, vocab_size=35)
             assert_close(actual.detach(), expected.detach())
 

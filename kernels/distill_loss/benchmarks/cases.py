@@ -39,12 +39,14 @@ def _case(vocab: int, d: int, kind: str, trains_head: bool) -> Case:
             grads = (hidden, head) if trains_head else (hidden,)
             return losses.mean(), *(g / _ROWS for g in grads)
 
+        def ours(**options: bool | int) -> Run:
+            return lambda: with_gradients(distill_loss(x, w, y, u, divergence=kind, **options))
+
         return {
-            "kernel": lambda: with_gradients(distill_loss(x, w, y, u, divergence=kind)),
+            "kernel": ours(),
             "reference": chunked,
-            "kernel, gradients recomputed": lambda: with_gradients(
-                distill_loss(x, w, y, u, divergence=kind, recompute=True)
-            ),
+            "kernel, gradients recomputed": ours(recompute=True),
+            "kernel, chunks of 1024 rows": ours(chunk_rows=1024),
             "plain loss": lambda: with_gradients(_plain(x, w, y, u, kind)),
         }
 

@@ -120,9 +120,10 @@ class _Gradients:
 
     def __init__(self, hidden: Tensor, head: Tensor, bias: Tensor | None, vocab: int, needs: list[bool]) -> None:
         self.inputs, self.vocab = (hidden, head), vocab
-        self.hidden = hidden.new_zeros(hidden.shape if needs[0] else 0)
+        self.hidden = hidden.new_empty(hidden.shape if needs[0] else 0)
         wide = head.dtype if head.is_cuda else torch.promote_types(head.dtype, torch.float32)
-        self.head = head.new_zeros(head.shape if needs[1] else 0, dtype=wide)
+        self.head = head.new_empty(head.shape if needs[1] else 0, dtype=wide)
+        self.head[vocab if len(hidden) else 0 :] = 0
         self.bias = head.new_zeros(bias.shape if needs[2] and bias is not None else 0, dtype=_wide(head.dtype))
         self.dtypes = head.dtype, head.dtype if bias is None else bias.dtype
 
@@ -134,7 +135,9 @@ class _Gradients:
         if self.head.numel():
             # Padding may hold anything, even NaN, which a gradient of zero would not silence.
             hidden = hidden.masked_fill(weights.eq(0)[:, None], 0)
-            self.head[: self.vocab].addmm_(logits.T.to(self.head.dtype), hidden.to(self.head.dtype))
+            first = part.start == 0  # nothing to add to: saves a pass over the head's gradient
+            product = logits.T.to(self.head.dtype), hidden.to(self.head.dtype)
+            self.head[: self.vocab].addmm_(*product, beta=0 if first else 1)
         if self.bias.numel():
             self.bias[: self.vocab] += logits.sum(0, dtype=self.bias.dtype)
 

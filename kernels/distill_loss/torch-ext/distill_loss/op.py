@@ -49,7 +49,8 @@ def distill_loss(
         temperature: Above 0. The loss is not multiplied by its square (Hinton et al. 2015, section 2.1): the caller
             does that who wants gradients of like size at all temperatures.
         weights: (...), a mask or a factor for each row, 0 or more. Rows of weight 0 contribute nothing, whatever they
-            hold. All 1 if None.
+            hold, but are multiplied by the heads like others: where they are many, select the rest before. All 1 if
+            None.
         student_bias: (V,), added to the student's logits.
         teacher_bias: (V,), added to the teacher's.
         reduction: `"sum"` of weights times divergences; `"mean"`: that by the sum of weights, 0 where this is 0;
