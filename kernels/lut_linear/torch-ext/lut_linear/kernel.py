@@ -8,6 +8,9 @@ lane's register from all others, 32 values a clock, exactly, without bank confli
 index only: shift, shuffle, multiply-add. Where there is no such instruction, the table is read through the L1 cache.
 """
 
+# Triton does not compile (*a, b).
+# ruff: noqa: RUF005
+
 from typing import Any
 
 import torch
@@ -22,6 +25,7 @@ _CHUNK = 32  # weights that one 128-bit load brings
 _FEW = 4  # rows up to which multiply-adds on the ordinary cores keep up with memory
 _PROGRAMS = 264  # two for each multiprocessor of an H100: fewer are split over the summed dimension
 _MOST_SPLITS = 16
+_LANES = 64 if torch.version.hip else 32  # threads of a warp
 _REDUCE = 1024  # elements of a program of `_reduce`
 _WIDEN: tl.constexpr = tl.constexpr(INTERPRETED)  # the interpreter multiplies the bits of bfloat16 matrices
 
@@ -43,7 +47,7 @@ def _few_rows(
     chunks = d_in // 32
     sums = ()
     for _ in tl.static_range(R * N):
-        sums = (*sums, tl.zeros((CHUNKS,), tl.float32))
+        sums = sums + (tl.zeros((CHUNKS,), tl.float32),)
     for start in range(0, chunks, CHUNKS):
         inside = start + chunk < chunks
         loaded = ()
@@ -54,23 +58,28 @@ def _few_rows(
             even, odd = tl.split(tl.reshape(words, (CHUNKS, 2, 2)))
             w0, w2 = tl.split(even)
             w1, w3 = tl.split(odd)
-            loaded = (*loaded, w0, w1, w2, w3)
+            loaded = loaded + (
+                w0,
+                w1,
+                w2,
+                w3,
+            )
         parts = ()
         for _ in tl.static_range(R * N):
-            parts = (*parts, tl.zeros((CHUNKS, 8), tl.float32))
+            parts = parts + (tl.zeros((CHUNKS, 8), tl.float32),)
         for w in tl.static_range(4):
             xs = ()
             for i in tl.static_range(N):
                 at = x_ptr + i * x_stride + (start + chunk[:, None]) * 32 + w * 8 + octet[None, :]
                 left = tl.where(i < n, chunks - start, 0)
-                xs = (*xs, tl.load(at, chunk[:, None] < left, 0.0).to(tl.float32))
+                xs = xs + (tl.load(at, chunk[:, None] < left, 0.0).to(tl.float32),)
             more = ()
             for r in tl.static_range(R):
                 row = tl.minimum(first + r, d_out - 1)
                 table = table_ptr + row * 16 if absmax_ptr is None else table_ptr
                 values = lookup(table, loaded[4 * r + w][:, None] >> octet_shifts()[None, :])
                 for i in tl.static_range(N):
-                    more = (*more, parts[r * N + i] + values * xs[i])
+                    more = more + (parts[r * N + i] + values * xs[i],)
             parts = more
         new = ()
         for r in tl.static_range(R):
@@ -80,7 +89,7 @@ def _few_rows(
                 if absmax_ptr is not None:
                     block = (row * chunks + start + chunk) >> SHIFT
                     part *= scale_of(block, inside, absmax_ptr, map_ptr, nested_ptr, offset_ptr)
-                new = (*new, sums[r * N + i] + part)
+                new = new + (sums[r * N + i] + part,)
         sums = new
     total = tl.sum(stack(sums, CHUNKS, R * N), 0)
     which = tl.arange(0, R * N)
@@ -158,15 +167,15 @@ def _reduce(parts_ptr, bias_ptr, y_ptr, count, cols, splits, BLOCK: tl.constexpr
     tl.store(y_ptr + at, total, mask)
 
 
-def _tile(n: int, dtype: torch.dtype) -> tuple[int, int, int, int]:
-    """Rows, columns and depth of a tile of `_many_rows`, and its warps."""
+def _tile(n: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
+    """Rows, columns and depth of a tile of `_many_rows`, and its warps: such that AMD's 64 KiB hold it as well."""
     if dtype == torch.float32:
         return 16, 64, 32, 4  # exact products have no tensor cores
     if n <= 16:
-        return 16, 64, 128, 4
+        return (16, 64, 64, 4) if backward else (16, 32, 128, 4)
     if n <= 64:
         return 64, 64, 64, 4
-    return 128, 128, 64, 8
+    return (128, 128, 32, 8) if backward else (128, 128, 64, 8)
 
 
 def _columns(rows: int, d_out: int) -> tuple[int, int]:
@@ -178,7 +187,7 @@ def _columns(rows: int, d_out: int) -> tuple[int, int]:
 
 def _chunks(d_in: int) -> int:
     """Threads of a program of `_few_rows`, each of which takes a chunk at a time."""
-    return min(128, max(32, triton.next_power_of_2(d_in // _CHUNK)))
+    return min(128, max(64, triton.next_power_of_2(d_in // _CHUNK)))
 
 
 def linear(
@@ -208,7 +217,7 @@ def linear(
     chunks = _chunks(d_in)
     _few_rows[(triton.cdiv(out_features, columns),)](
         x, *weight, bias, y, n, d_in, out_features, x.stride(0), _shift(block_size), rows, columns, chunks,
-        num_warps=chunks // 32,
+        num_warps=chunks // _LANES,
     )  # fmt: skip
     return y
 
@@ -249,7 +258,7 @@ def _product(
 ) -> Tensor:  # fmt: skip
     """Launches `_many_rows` and, where the tiles of y are too few for all multiprocessors, `_reduce`."""
     (n, depth), cols = x.shape, y.shape[1]
-    m, c, k, warps = _tile(n, x.dtype)
+    m, c, k, warps = _tile(n, x.dtype, backward)
     programs = triton.cdiv(n, m) * triton.cdiv(cols, c)
     every = triton.cdiv(depth, k)
     splits = min(triton.cdiv(_PROGRAMS, programs), every, _MOST_SPLITS) if 2 * programs <= _PROGRAMS else 1
@@ -291,7 +300,7 @@ def _typed(kind: str, x: str) -> tuple[dict[str, str], dict[str, Any]]:
 def variants() -> list[Variant]:
     """Compilations that launches ask for: each tile in bfloat16 with scales in 8 bits, and where the code differs."""
     made = []
-    few = [("nested", 1, 4, 128), ("nested", 1, 1, 32), ("nested", 2, 2, 128), ("nested", 4, 2, 128)]
+    few = [("nested", 1, 4, 128), ("nested", 1, 1, 64), ("nested", 2, 2, 128), ("nested", 4, 2, 128)]
     for kind, n, r, chunks in [*few, ("plain", 1, 4, 128), ("rows", 1, 4, 128)]:
         types, absent = _typed(kind, "*bf16")
         consts = absent | {"SHIFT": 1, "N": n, "R": r, "CHUNKS": chunks}
@@ -302,7 +311,7 @@ def variants() -> list[Variant]:
     many += [("nested", False, False, 128, "*bf16"), ("rows", True, False, 128, "*bf16")]
     for kind, aligned, backward, n, x in [*many, ("nested", True, False, 16, "*fp32")]:
         types, absent = _typed(kind, x)
-        m, c, k, warps = _tile(n, torch.float32 if x == "*fp32" else torch.bfloat16)
+        m, c, k, warps = _tile(n, torch.float32 if x == "*fp32" else torch.bfloat16, backward)
         consts = absent | {"SHIFT": 1, "ALIGNED": aligned, "BACKWARD": backward, "M": m, "C": c, "K": k}
         consts["PRECISION"] = "ieee" if x == "*fp32" else "tf32"
         label = f"many_rows {kind} {x} {m} x {c}{', ragged' * (not aligned)}{', backward' * backward}"
