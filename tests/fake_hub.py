@@ -1,4 +1,4 @@
-"""A model Hub on loopback, small enough to read: repositories in memory, commits over the Hub's HTTP API.
+"""A Hub of models and kernels on loopback, small enough to read: repositories in memory, commits over HTTP.
 
 Every file is announced as a "regular" upload, so its content arrives inside the commit and no LFS store is needed.
 """
@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+_API = r"/api/(?:models|kernels)/(?P<repo>[^/]+/[^/]+)"
+
 
 @dataclass
 class Repo:
-    """One model repository: its files on `main`, and the id of its last commit."""
+    """One repository: its files, the same on each of its branches, and the id of its last commit."""
 
+    branches: set[str] = field(default_factory=lambda: {"main"})
     files: dict[str, bytes] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
 
@@ -91,18 +94,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._dispatch(
             ("/api/repos/create", self._create),
             ("/api/validate-yaml", self._validate_yaml),
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)/preupload/main", self._preupload),
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)/commit/main", self._commit),
+            (rf"{_API}/branch/(?P<revision>[\w.]+)", self._branch),
+            (rf"{_API}/preupload/(?P<revision>[\w.]+)", self._preupload),
+            (rf"{_API}/commit/(?P<revision>[\w.]+)", self._commit),
             body=body,
         )
 
     def do_GET(self):
-        revision = r"(?P<revision>main|[0-9a-f]{40})"
+        revision = r"(?P<revision>[\w.]+)"
         self._dispatch(
-            (r"/api/models/(?P<repo>[^/]+/[^/]+)", self._info),
-            (rf"/api/models/(?P<repo>[^/]+/[^/]+)/revision/{revision}", self._info),
-            (rf"/api/models/(?P<repo>[^/]+/[^/]+)/tree/{revision}(?P<folder>/.*)?", self._tree),
-            (rf"/(?P<repo>[^/]+/[^/]+)/resolve/{revision}/(?P<path>.+)", self._file),
+            (_API, self._info),
+            (rf"{_API}/refs", self._refs),
+            (rf"{_API}/revision/{revision}", self._info),
+            (rf"{_API}/tree/{revision}(?P<folder>/.*)?", self._tree),
+            (rf"/(?:kernels/)?(?P<repo>[^/]+/[^/]+)/resolve/{revision}/(?P<path>.+)", self._file),
         )
 
     do_HEAD = do_GET
@@ -117,8 +122,13 @@ class _Handler(BaseHTTPRequestHandler):
             arguments = match.groupdict()
             if "repo" in arguments and arguments["repo"] not in self.hub.repos:
                 return self._send(404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"})
+            if not self._has_revision(**arguments) and answer != self._branch:
+                return self._send(404, {"error": "Revision not found"}, {"X-Error-Code": "RevisionNotFound"})
             return answer(**arguments, **extra)
         return self._send(404, {"error": f"the fake Hub has no {self.command} {path}"})
+
+    def _has_revision(self, repo=None, revision="main", **_):
+        return repo is None or revision == self.hub.repos[repo].sha or revision in self.hub.repos[repo].branches
 
     def _send(self, status, payload, headers=None):
         content = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
@@ -145,11 +155,20 @@ class _Handler(BaseHTTPRequestHandler):
         errors = [] if content.startswith("---\n") else [{"message": "the card has no YAML block"}]
         self._send(400 if errors else 200, {"errors": errors, "warnings": []})
 
-    def _preupload(self, repo, body):
+    def _branch(self, repo, revision, body):
+        self.hub.repos[repo].branches.add(revision)
+        self._send(200, {})
+
+    def _refs(self, repo):
+        stored = self.hub.repos[repo]
+        rows = [{"name": b, "ref": f"refs/heads/{b}", "targetCommit": stored.sha} for b in sorted(stored.branches)]
+        self._send(200, {"branches": rows, "tags": [], "converts": []})
+
+    def _preupload(self, repo, revision, body):
         files = [{"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in json.loads(body)["files"]]
         self._send(200, {"files": files})
 
-    def _commit(self, repo, body):
+    def _commit(self, repo, revision, body):
         stored = self.hub.repos[repo]
         stored.commit([json.loads(line) for line in body.splitlines()])
         url = f"{self.hub.endpoint}/{repo}/commit/{stored.sha}"
@@ -169,6 +188,9 @@ class _Handler(BaseHTTPRequestHandler):
             {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
             for name, data in sorted(found.items())
         ]
+        # what lies deeper is there as its folder, too
+        folders = {prefix + name[len(prefix) :].split("/")[0] for name in found if "/" in name[len(prefix) :]}
+        rows += [{"type": "directory", "path": name, "oid": "0" * 40} for name in sorted(folders)]
         return self._send(200, rows)
 
     def _file(self, repo, revision, path):

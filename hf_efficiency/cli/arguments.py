@@ -32,6 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("--logits", metavar="FILE", help="safetensors with ids, and logits to compare with bit by bit")
     verify.add_argument("--speed", action="store_true", help="measure speed on the tensor prompt of that file")
     _placement(verify)
+    _kernels(
+        _command(commands, common, "kernels", "build, check or upload the GPU kernels in the form of the Kernel Hub")
+    )
     return parser
 
 
@@ -91,6 +94,19 @@ def _dequantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="DIR", required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
     _placement(parser)
+
+
+def _kernels(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
+    build = actions.add_parser("build", help="lay out projects as the kernels library loads them")
+    build.add_argument("names", nargs="*", metavar="NAME", help="projects; by default all")
+    build.add_argument("--output", dest="folder", default="build/kernels", help="folder for the builds (%(default)s)")
+    check = actions.add_parser("check", help="load a build as the kernels library would")
+    check.add_argument("folder", metavar="DIR", help="a build, such as build/kernels/quant_linear")
+    push = actions.add_parser("push", help="check a build and upload it to the Hub")
+    push.add_argument("folder", metavar="DIR")
+    push.add_argument("repo", metavar="REPO", help="user/name on the Hub")
+    push.add_argument("--private", action="store_true", help="make the repository private if it is new")
 
 
 def _measuring(parser: argparse.ArgumentParser, text: str) -> None:
