@@ -14,7 +14,7 @@ from hf_efficiency.kernels.spec_verify import (
 
 _K = 5
 _VOCABULARIES = (32000, 128256)
-# Two branches of three at the root, each with a chain below: 9 nodes.
+# Three children of the root, one with two children, another with a chain of four: 9 nodes.
 _PARENTS = (-1, -1, -1, 0, 0, 1, 3, 5, 6)
 
 
@@ -27,7 +27,7 @@ def cases() -> list[Case]:
 
 
 def _inputs(b: int, rows: int, v: int, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits (b, rows, v) of draft and target, tokens (b, rows) drawn from the draft, uniforms that refuse the third."""
+    """Logits (b, rows, v) of draft and target, tokens (b, rows) drawn from the draft, uniforms that pass two."""
     torch.manual_seed(seed)
     draft = 2 * torch.randn(b, rows, v, device=device)
     target = 2 * torch.randn(b, rows + 1, v, device=device)
@@ -110,7 +110,7 @@ def _tree(b: int, v: int) -> Case:
         for node in sorted(set(_PARENTS)):
             children = [i for i, parent in enumerate(_PARENTS) if parent == node]
             tokens[:, children] = torch.multinomial(q[:, node + 1], len(children), replacement=True)
-        uniforms[:, :n] = 1  # all three children of the root are refused: three passes over two rows
+        uniforms[:, :n] = 1  # the children of the root are refused, mostly: three passes over two rows
         return {
             "kernel": lambda: verify_tree(tokens, parents, q, p, uniforms),
             "reference": lambda: reference.verify_tree(tokens, parents, q, p, uniforms, None, True, n),

@@ -366,15 +366,19 @@ def _chain_variants() -> list[Variant]:
         name = f"{kind[1:]}{' logits' * logits}"
         for b, v in ((1, 128256), (128, 128256), (264, 128256)):
             plan = _plan(b, v)
-            values = {"STEPS": 8, "ROWS": plan.rows, "COLUMNS": plan.columns, "LSE_PARTS": 16, "LOGITS": logits}
+            values: dict[str, Any] = {
+                "STEPS": 8,
+                "ROWS": plan.rows,
+                "COLUMNS": plan.columns,
+                "LSE_PARTS": 16,
+                "LOGITS": logits,
+            }
             values |= absent | {"WHOLE": plan.parts == 1}
             if plan.parts == 1:
                 values |= {"sum_ptr": None, "picked_ptr": None}
             label = f"chain {name} {plan.rows} x {plan.columns}"
             made.append(Variant(label, _chain, chain, values, plan.warps, bandwidth_bound=True, divisible=divisible))
-        for parts in (16, 128):
-            values = {"PARTS": parts, "LOGITS": logits}
-            made.append(Variant(f"pick {name} {parts}", _pick, pick, values, divisible=divisible))
+        made.append(Variant(f"pick {name}", _pick, pick, {"PARTS": 128, "LOGITS": logits}, divisible=divisible))
     return made
 
 
