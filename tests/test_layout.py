@@ -145,8 +145,9 @@ def test_each_integration_knows_one_host():
 def test_slow_libraries_are_imported_where_they_are_used(folder):
     allowed = {"integrations": {"trl.py", "trl"}}.get(folder, set())
     found = places(folder, within(*LAZY), skip=allowed, inside_functions=False)
-    # A kernel's Triton code lies in `kernel.py`, which the first launch imports.
-    assert [place for place in found if "/kernel.py imports triton" not in place] == []
+    # A kernel's Triton code lies in `kernel.py` and what that imports, at the first launch only; never in these.
+    early = ("__init__.py", "op.py", "reference.py", "layers.py", "_launch.py", "launch.py", "check.py")
+    assert [place for place in found if folder != "kernels" or Path(place.split(" ")[0]).name in early] == []
 
 
 @pytest.mark.parametrize("folder", ["hf_efficiency", "integrations", "kernels", "tests", "benchmarks"])
