@@ -1,0 +1,1 @@
+"""No layers: no module of a model holds lattice codes by itself."""
