@@ -10,13 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_efficiency.quantization.formats import BITS, LAYOUTS, AffineTensors, Layout, default_g_idx, group_count
+from hf_efficiency.quantization.formats import (
+    BITS,
+    LAYOUTS,
+    AffineTensors,
+    AWQLayout,
+    GPTQLayout,
+    Layout,
+    default_g_idx,
+    group_count,
+)
 from hf_efficiency.quantization.layers.base import QuantizedLinear, TensorSpec
 
 # torch's packed int4 product wins over decoding the whole layer up to about this many rows (measured, 2 Zen 4 cores:
 # 0.2 ms a row against 25 ms to decode 8192 x 2048).
 _INT4_ROWS = 128
 _INT4_GROUPS = (256, 128, 64, 32)
+_KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass
@@ -82,6 +92,7 @@ class AffineLinear(QuantizedLinear):
         )
         self._int4: _Int4Kernel | None = None
         self._regular: bool | None = None
+        self._permuted: bool | None = None
         self._prepared = False
 
     def declare(self) -> TensorSpec:
@@ -116,6 +127,27 @@ class AffineLinear(QuantizedLinear):
             return self._int4(x)
         return super().matmul(x)
 
+    def kernel_forward(self, x: Tensor) -> Tensor | None:
+        """x Wᵀ plus the bias, straight from the stored tensors of the gptq, gptq_v2 and awq layouts."""
+        layout = self._layout
+        if type(layout) not in (GPTQLayout, AWQLayout) or x.dtype not in _KERNEL_DTYPES:
+            return None
+        from hf_efficiency.kernels.quant_linear import awq_linear, gptq_linear
+
+        tensors = (x, *(self.get_buffer(name) for name in ("qweight", "qzeros", "scales")))
+        if isinstance(layout, GPTQLayout):
+            if self._permuted is None:  # not prepared: the comparison waits for the device, once
+                self._permuted = self.permuted()
+            return gptq_linear(
+                *tensors,
+                self.g_idx if self._permuted else None,
+                self.bias,
+                bits=self.bits,
+                group_size=self.group_size,
+                zero_offset=layout.zero_offset,
+            )
+        return awq_linear(*tensors, self.bias, group_size=self.group_size)
+
     def prepare(self) -> None:
         """Repacks the codes for the CPU's int4 product (2- and 3-bit codes ride in 4). Costs half a byte a weight."""
         self._forget()
@@ -123,6 +155,7 @@ class AffineLinear(QuantizedLinear):
         device = self.W_q.device.type
         if device == "meta":
             return
+        self._permuted = self.permuted()
         plain = self.unpack()
         self._is_regular(plain.g_idx)
         if self.compute_dtype == torch.bfloat16 and device == "cpu" and self.bits <= 4:
@@ -144,7 +177,7 @@ class AffineLinear(QuantizedLinear):
         return self._regular
 
     def _forget(self) -> None:
-        self._int4, self._regular = None, None
+        self._int4, self._regular, self._permuted = None, None, None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AffineLinear":
         super()._apply(fn, recurse)

@@ -1,48 +1,12 @@
-"""Triton functions that decode: packed words to codes, zero points and weights. Imported by `kernel.py` alone.
+"""Triton functions that decode: packed words to zero points and tiles of the weight. Imported by the kernels alone.
 
-Shape legend: d_in, d_out features, g groups along d_in. A "part" is what holds whole codes: a word, or 24 of the 96
-bits that three words of 3-bit codes form.
+Shape legend: d_in, d_out features, g groups along d_in.
 """
-# ruff: noqa: ANN001, ANN202
+# ruff: noqa: ANN001, ANN201, ANN202
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def quad_of(x_ptr, offset, mask, X: tl.constexpr):
-    """Four neighbours of x as float32: one load of 64 bits where x has 16 bits and comes as int64."""
-    if X == tl.float32:
-        a = tl.load(x_ptr + offset, mask, 0.0)
-        b = tl.load(x_ptr + offset + 1, mask, 0.0)
-        c = tl.load(x_ptr + offset + 2, mask, 0.0)
-        d = tl.load(x_ptr + offset + 3, mask, 0.0)
-    else:
-        four = tl.load(x_ptr + offset // 4, mask, 0)
-        a = four.to(tl.int16).to(X, bitcast=True).to(tl.float32)
-        b = (four >> 16).to(tl.int16).to(X, bitcast=True).to(tl.float32)
-        c = (four >> 32).to(tl.int16).to(X, bitcast=True).to(tl.float32)
-        d = (four >> 48).to(tl.int16).to(X, bitcast=True).to(tl.float32)
-    return a, b, c, d
-
-
-@triton.jit
-def biased(part, INDEX: tl.constexpr, BITS: tl.constexpr, SHARED: tl.constexpr):
-    """Code INDEX of a part plus a power of two (its bias), as float32, in at most two integer instructions.
-
-    The code is masked where it lies in the mantissa and given the exponent that makes its last bit worth one. SHARED
-    neighbours lie in the mantissa after one shift.
-    """
-    place: tl.constexpr = 23 - BITS * (SHARED - INDEX % SHARED)
-    shift: tl.constexpr = 23 - BITS * SHARED - INDEX // SHARED * SHARED * BITS
-    if shift >= 0:
-        moved = part << shift
-    else:
-        moved = part >> -shift
-    mask: tl.constexpr = ((1 << BITS) - 1) << place
-    exponent: tl.constexpr = (150 - place) << 23
-    return ((moved & mask) | exponent).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -70,26 +34,6 @@ def exact(code):
 
 
 @triton.jit
-def gptq_parts(q_ptr, first, n, inside, end, d_out, SPAN: tl.constexpr, BITS: tl.constexpr):
-    """Parts of SPAN columns from `first` (lanes, 1) on, in order, each (lanes, outputs), all loads before any use."""
-    at = q_ptr + (first // 32 * BITS).to(tl.int64) * d_out + n
-    words = ()
-    for i in tl.static_range(SPAN * BITS // 32):
-        # d_in ends where a word ends, or a block of three
-        column = i // 3 * 32 if BITS == 3 else i * (32 // BITS)
-        mask = inside & (first + column < end)
-        words += (tl.load(at + i * d_out, mask, 0).to(tl.uint32, bitcast=True),)
-    if BITS == 3:
-        parts = ()
-        for i in tl.static_range(0, SPAN * BITS // 32, 3):
-            a, b, c = words[i], words[i + 1], words[i + 2]
-            parts += (a, a >> 24 | b << 8, b >> 16 | c << 16, c >> 8)
-    else:
-        parts = words
-    return parts
-
-
-@triton.jit
 def _load(q_ptr, row, column, rows, width):
     """Words (rows, columns) from `row` and `column` on, zero outside."""
     mask = (row < rows)[:, None] & (column < width)[None, :]
@@ -98,11 +42,10 @@ def _load(q_ptr, row, column, rows, width):
 
 @triton.jit
 def _codes(
-    q_ptr, k0, n0, d_in, d_out, BITS: tl.constexpr, AWQ: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
+    q_ptr, k0, n0, d_in, width, BITS: tl.constexpr, AWQ: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr
 ):
     """A tile of codes (BLOCK_K, BLOCK_N), uint32. Words are halved again and again within a thread's registers."""
     if AWQ:
-        width = d_out // 8
         base = q_ptr + tl.cast(k0, tl.int64) * width
         t = _load(base, tl.arange(0, BLOCK_K), n0 // 8 + tl.arange(0, BLOCK_N // 8), d_in - k0, width)
         # Output 4 a + 2 b + e of a word lies at bit 8 a + 4 b + 16 e.
@@ -112,19 +55,19 @@ def _codes(
     else:
         n = n0 + tl.arange(0, BLOCK_N)
         if BITS == 3:
-            base = q_ptr + tl.cast(k0 // 32 * 3, tl.int64) * d_out
+            base = q_ptr + tl.cast(k0 // 32 * 3, tl.int64) * width
             first = tl.arange(0, BLOCK_K // 32) * 3
             rows = (d_in - k0) // 32 * 3
-            a = _load(base, first, n, rows, d_out)
-            b = _load(base, first + 1, n, rows, d_out)
-            c = _load(base, first + 2, n, rows, d_out)
+            a = _load(base, first, n, rows, width)
+            b = _load(base, first + 1, n, rows, width)
+            c = _load(base, first + 2, n, rows, width)
             t = tl.join(tl.join(a, b >> 16 | c << 16), tl.join(a >> 24 | b << 8, c >> 8))
             t = tl.join(t, t >> 12)
             t = tl.join(t, t >> 6)
             t = tl.permute(tl.join(t, t >> 3), (0, 2, 3, 4, 5, 6, 1))
         else:
-            base = q_ptr + tl.cast(k0 * BITS // 32, tl.int64) * d_out
-            t = _load(base, tl.arange(0, BLOCK_K * BITS // 32), n, (d_in - k0) * BITS // 32, d_out)
+            base = q_ptr + tl.cast(k0 * BITS // 32, tl.int64) * width
+            t = _load(base, tl.arange(0, BLOCK_K * BITS // 32), n, (d_in - k0) * BITS // 32, width)
             t = tl.join(t, t >> 16)
             t = tl.join(t, t >> 8)
             if BITS == 8:
@@ -139,12 +82,12 @@ def _codes(
 
 @triton.jit
 def weights(
-    q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, group_size,
+    q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, width, group_size,
     BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr, UNIFORM: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """A tile of the weight (BLOCK_K, BLOCK_N), float32; zero outside. UNIFORM: its columns lie in one group."""
-    code = exact(_codes(q_ptr, k0, n0, d_in, d_out, BITS, AWQ, BLOCK_K, BLOCK_N))
+    code = exact(_codes(q_ptr, k0, n0, d_in, width, BITS, AWQ, BLOCK_K, BLOCK_N))
     n = (n0 + tl.arange(0, BLOCK_N))[None, :]
     if UNIFORM:
         group = k0 // group_size

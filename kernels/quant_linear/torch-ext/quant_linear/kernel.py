@@ -11,131 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ._launch import INTERPRETED, Variant, tuned
-from .decode import biased, exact, gptq_parts, quad_of, weights, zero_points
+from .decode import weights
+from .few import awq_few, gptq_few
 
 _MULTIPROCESSORS = 132  # of an H100; other cards get more or fewer waves
-_LANES = 4  # of `_gptq_few`: each warp reads its own stretch of d_in
-_COLUMNS = 128  # outputs of one program of `_gptq_few`: 4 words a thread
-_AWQ_LANES, _AWQ_WORDS, _AWQ_SPAN = 8, 32, 32  # of `_awq_few`: 2 warps, each 4 lanes of 8 threads
-_FEW = {False: 4, True: 2}  # rows up to which sums are taken without matrix instructions; AWQ's need 8 sums a word
+_LANES = 4  # of `gptq_few`: each warp reads its own stretch of d_in
+_COLUMNS = 256  # outputs of one program of `gptq_few`: two loads of 4 words a thread
+_SPAN = 32  # columns of a stretch
+_AWQ_LANES, _AWQ_WORDS = 8, 32  # of `awq_few`: 2 warps, each 4 lanes of 8 threads
+# Rows up to which sums are taken without matrix instructions, by `awq`: two rows of its 8 sums a word spill registers.
+_FEW = {False: 2, True: 1}
 _SUM_BLOCK = 128
 _WIDEN = tl.constexpr(INTERPRETED)  # the interpreter's products of bfloat16 are wrong
 _HALF = (torch.float16, torch.bfloat16)
 _TRITON = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-@triton.jit(do_not_specialize=["n", "steps"])
-def _gptq_few(
-    x_ptr, q_ptr, z_ptr, s_ptr, sums_ptr, n, d_in, d_out, group_size, steps,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr, X: tl.constexpr,
-    LANES: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Bound by the bandwidth of qweight, then by integer instructions: 1.5 a code of 4 bits, beside ROWS multiplies.
-
-    Each warp (lane) reads a stretch of SPAN columns that lies in one group, four outputs a thread; codes are summed as
-    they are, plus powers of two, and scale and zero point come in once a stretch.
-    """
-    PART: tl.constexpr = 8 if BITS == 3 else 32 // BITS
-    SHARED: tl.constexpr = 1 if X == tl.float32 else 8 // BITS
-    column = (tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
-    inside = column < d_out
-    lane = tl.arange(0, LANES)
-    totals = ()
-    for _ in tl.static_range(ROWS):
-        totals += (tl.zeros((LANES, COLUMNS), tl.float32),)
-    for step in range(steps):
-        first = ((tl.program_id(1) * steps + step) * LANES + lane) * SPAN
-        parts = gptq_parts(q_ptr, first[:, None], column, inside, d_in, d_out, SPAN, BITS)
-        group = tl.minimum(first, d_in - 1)[:, None] // group_size
-        scale = tl.load(s_ptr + group * d_out + column, inside, 0.0).to(tl.float32)
-        zero = exact(zero_points(z_ptr, group, column, inside, d_out, BITS, OFFSET, False)) - 8388608.0
-        sums, x_sums, shares = (), (), ()
-        for _ in tl.static_range(ROWS):
-            sums += (tl.zeros((LANES, COLUMNS), tl.float32),)
-            x_sums += (tl.zeros((LANES,), tl.float32),)
-            shares += (tl.zeros((LANES,), tl.float32),)
-        for start in tl.static_range(0, SPAN, 4):
-            code = ()
-            for i in tl.static_range(start, start + 4):
-                code += (biased(parts[i // PART], i % PART, BITS, SHARED),)
-            new_sums, new_x_sums, new_shares = (), (), ()
-            for row in tl.static_range(ROWS):
-                x = quad_of(x_ptr, row * d_in + first + start, (first + start < d_in) & (lane * 0 + row < n), X)
-                total, x_sum, share = sums[row], x_sums[row], shares[row]
-                for i in tl.static_range(4):
-                    bias = 1 << (BITS * (SHARED - i % SHARED))
-                    total += x[i][:, None] * code[i]
-                    x_sum += x[i]
-                    share += x[i] * bias
-                new_sums += (total,)
-                new_x_sums += (x_sum,)
-                new_shares += (share,)
-            sums, x_sums, shares = new_sums, new_x_sums, new_shares
-        new_totals = ()
-        for row in tl.static_range(ROWS):
-            centred = sums[row] - shares[row][:, None] - zero * x_sums[row][:, None]
-            new_totals += (totals[row] + centred * scale,)
-        totals = new_totals
-    at = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    for row in tl.static_range(ROWS):
-        to = sums_ptr + (tl.program_id(1) * n + row) * d_out + at
-        tl.store(to, tl.sum(totals[row], 0), (at < d_out) & (at * 0 + row < n))
-
-
-@triton.jit(do_not_specialize=["n", "steps"])
-def _awq_few(
-    x_ptr, q_ptr, z_ptr, s_ptr, sums_ptr, n, d_in, d_out, group_size, steps,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, X: tl.constexpr, LANES: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """As `_gptq_few`, but a word holds eight outputs of one column: each nibble of a word has a sum of its own."""
-    SHARED: tl.constexpr = 1 if X == tl.float32 else 2
-    word = (tl.program_id(0) * WORDS + tl.arange(0, WORDS))[None, :]
-    width = d_out // 8
-    inside = word < width
-    lane = tl.arange(0, LANES)
-    totals = ()
-    for _ in tl.static_range(ROWS * 8):
-        totals += (tl.zeros((LANES, WORDS), tl.float32),)
-    for step in range(steps):
-        first = ((tl.program_id(1) * steps + step) * LANES + lane) * SPAN
-        at = q_ptr + first.to(tl.int64)[:, None] * width + word
-        sums, x_sums = (), ()
-        for _ in tl.static_range(ROWS * 8):
-            sums += (tl.zeros((LANES, WORDS), tl.float32),)
-        for _ in tl.static_range(ROWS):
-            x_sums += (tl.zeros((LANES,), tl.float32),)
-        for start in tl.static_range(0, SPAN, 16):
-            words = ()
-            for i in tl.static_range(start, start + 16):
-                mask = inside & (first + i < d_in)[:, None]
-                words += (tl.load(at + i * width, mask, 0).to(tl.uint32, bitcast=True),)
-            for quad in tl.static_range(0, 16, 4):
-                new_sums, new_x_sums = (), ()
-                for row in tl.static_range(ROWS):
-                    column = first + start + quad
-                    x = quad_of(x_ptr, row * d_in + column, (column < d_in) & (lane * 0 + row < n), X)
-                    new_x_sums += (x_sums[row] + ((x[0] + x[1]) + (x[2] + x[3])),)
-                    for nibble in tl.static_range(8):
-                        total = sums[row * 8 + nibble]
-                        for i in tl.static_range(4):
-                            total += x[i][:, None] * biased(words[quad + i], nibble, 4, SHARED)
-                        new_sums += (total,)
-                sums, x_sums = new_sums, new_x_sums
-        group = tl.minimum(first, d_in - 1)[:, None] // group_size
-        zeros = tl.load(z_ptr + group * width + word, inside, 0).to(tl.uint32, bitcast=True)
-        new_totals = ()
-        for i in tl.static_range(ROWS * 8):
-            output = i % 8 % 4 * 2 + i % 8 // 4
-            scale = tl.load(s_ptr + group * d_out + word * 8 + output, inside, 0.0).to(tl.float32)
-            # the zero point has the same power of two added as the codes
-            centred = sums[i] - biased(zeros, i % 8, 4, SHARED) * x_sums[i // 8][:, None]
-            new_totals += (totals[i] + centred * scale,)
-        totals = new_totals
-    at_word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
-    for i in tl.static_range(ROWS * 8):
-        output = i % 8 % 4 * 2 + i % 8 // 4
-        to = sums_ptr + (tl.program_id(1) * n + i // 8) * d_out + at_word * 8 + output
-        tl.store(to, tl.sum(totals[i], 0), (at_word < width) & (at_word * 0 + i // 8 < n))
 
 
 @triton.jit
@@ -147,7 +36,7 @@ def _dot(a, b, total):
 
 @triton.jit(do_not_specialize=["n", "steps", "size"])
 def _many(
-    x_ptr, q_ptr, z_ptr, s_ptr, g_ptr, bias_ptr, y_ptr, n, d_in, d_out, group_size, steps, size,
+    x_ptr, q_ptr, z_ptr, s_ptr, g_ptr, bias_ptr, y_ptr, n, d_in, d_out, width, group_size, steps, size,
     BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr, UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +55,7 @@ def _many(
         k0 = step * BLOCK_K
         k = (k0 + tl.arange(0, BLOCK_K))[None, :]
         x = tl.load(x_row + k, (row < n)[:, None] & (k < d_in), 0.0)
-        w = weights(q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, group_size, BITS, OFFSET, AWQ, UNIFORM,
+        w = weights(q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, width, group_size, BITS, OFFSET, AWQ, UNIFORM,
                      BLOCK_K, BLOCK_N)  # fmt: skip
         total = _dot(x, w.to(x.dtype), total)
     column = n0 + tl.arange(0, BLOCK_N)
@@ -178,7 +67,7 @@ def _many(
 
 @triton.jit(do_not_specialize=["n", "steps", "size"])
 def _gradient(
-    g_out_ptr, q_ptr, z_ptr, s_ptr, g_ptr, gx_ptr, n, d_in, d_out, group_size, steps, size,
+    g_out_ptr, q_ptr, z_ptr, s_ptr, g_ptr, gx_ptr, n, d_in, d_out, width, group_size, steps, size,
     BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr, UNIFORM: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -193,7 +82,7 @@ def _gradient(
         n0 = step * BLOCK_N
         column = (n0 + tl.arange(0, BLOCK_N))[None, :]
         g = tl.load(g_row + column, (row < n)[:, None] & (column < d_out), 0.0)
-        w = weights(q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, group_size, BITS, OFFSET, AWQ, UNIFORM,
+        w = weights(q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, width, group_size, BITS, OFFSET, AWQ, UNIFORM,
                      BLOCK_K, BLOCK_N)  # fmt: skip
         total = _dot(g, tl.trans(w.to(g.dtype)), total)
     k = k0 + tl.arange(0, BLOCK_K)
@@ -265,28 +154,33 @@ def _is_for_few(n: int, w: _Weight) -> bool:
 
 
 def _sums_of_few(x: Tensor, w: _Weight) -> Tensor:
-    """Partial sums (parts, n, d_out) float32 of up to four rows."""
+    """Partial sums (parts, n, d_out) float32 of one or two rows."""
     n, kind = len(x), _TRITON[x.dtype]
     if x.dtype in _HALF:
         x = (x if x.data_ptr() % 8 == 0 else x.clone()).view(torch.int64)
-    span = 64 if w.group_size >= w.d_in or w.group_size % 64 == 0 else 32
-    lanes, span, columns = (_AWQ_LANES, _AWQ_SPAN, 8 * _AWQ_WORDS) if w.awq else (_LANES, span, _COLUMNS)
+    lanes, columns = (_AWQ_LANES, 8 * _AWQ_WORDS) if w.awq else (_LANES, _COLUMNS)
     blocks = triton.cdiv(w.d_out, columns)
-    parts, steps = _splits(blocks, triton.cdiv(w.d_in, lanes * span), 8 * _MULTIPROCESSORS)
+    parts, steps = _splits(blocks, triton.cdiv(w.d_in, lanes * _SPAN), 8 * _MULTIPROCESSORS)
     sums = torch.empty(parts, n, w.d_out, dtype=torch.float32, device=x.device)
-    shared = (x, w.qweight, w.qzeros, w.scales, sums, n, w.d_in, w.d_out, w.group_size, steps)
+    tensors, sizes = (x, w.qweight, w.qzeros, w.scales, sums), (n, w.d_in, w.d_out)
     rows = triton.next_power_of_2(n)
     if w.awq:
-        _awq_few[blocks, parts](*shared, rows, span, kind, _AWQ_LANES, _AWQ_WORDS, num_warps=2)
+        awq_few[blocks, parts](
+            *tensors, *sizes, w.qweight.shape[1], w.group_size, steps, rows, _SPAN, kind, _AWQ_LANES, _AWQ_WORDS,
+            num_warps=2,
+        )  # fmt: skip
     else:
-        _gptq_few[blocks, parts](*shared, w.bits, w.offset, rows, span, kind, _LANES, _COLUMNS, num_warps=_LANES)
+        gptq_few[blocks, parts](
+            *tensors, *sizes, w.group_size, steps, w.bits, w.offset, rows, _SPAN, kind, _LANES, _COLUMNS,
+            num_warps=_LANES,
+        )  # fmt: skip
     return sums
 
 
 # BLOCK_M, BLOCK_N, warps, stages by the largest number of rows; above, the tuner chooses. Float32 has no matrix
 # instructions of full precision: a small tile whatever the rows.
 _TILES = {16: (16, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 3)}
-_WIDE_TILE = (32, 64, 4, 2)
+_WIDE_TILE = (32, 32, 4, 2)
 # The largest tile decodes least often; the others leave room for more programs, or fit cards with less memory a block.
 _TUNED_TILES = ((128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3))
 
@@ -329,7 +223,7 @@ def _multiply(x: Tensor, w: _Weight, bias: Tensor | None, backward: bool) -> Ten
     args: tuple[Any, ...] = (x, w.qweight, w.qzeros, w.scales, w.g_idx)
     args += (to,) if backward else (at_once, to)
     size = (n > 128) + (n > 512)
-    args += (n, w.d_in, w.d_out, w.group_size, steps, size)
+    args += (n, w.d_in, w.d_out, w.qweight.shape[1], w.group_size, steps, size)
     meta: dict[str, Any] = {"BITS": w.bits, "OFFSET": w.offset, "AWQ": w.awq, "UNIFORM": uniform, "BLOCK_K": block_k}
     if tile is None:
         (_tuned_gradient if backward else _tuned_many)[grid](*args, **meta)
@@ -393,16 +287,24 @@ def variants() -> list[Variant]:
     few |= dict.fromkeys(("n", "d_in", "d_out", "group_size", "steps"), "i32")
     big = ["x_ptr", "q_ptr", "z_ptr", "s_ptr", "sums_ptr", "d_in", "d_out", "group_size"]
 
-    def of_few(bits: int, rows: int, span: int, kind: Any = tl.bfloat16) -> Variant:
+    def of_few(bits: int, rows: int, kind: Any = tl.bfloat16) -> Variant:
         signature = few | ({"x_ptr": "*fp32"} if kind == tl.float32 else {})
-        constexprs = {"BITS": bits, "OFFSET": 1, "ROWS": rows, "SPAN": span, "X": kind}
+        constexprs = {"BITS": bits, "OFFSET": 1, "ROWS": rows, "SPAN": _SPAN, "x_type": kind}
         constexprs |= {"LANES": _LANES, "COLUMNS": _COLUMNS}
-        label = f"few {bits} bits, {rows} rows, span {span}, {kind}"
-        return Variant(label, _gptq_few, signature, constexprs, _LANES, bandwidth_bound=True, divisible=big)
+        label = f"few {bits} bits, {rows} rows, {kind}"
+        return Variant(label, gptq_few, signature, constexprs, _LANES, bandwidth_bound=True, divisible=big)
 
     def of_awq(rows: int) -> Variant:
-        constexprs = {"ROWS": rows, "SPAN": _AWQ_SPAN, "X": tl.bfloat16, "LANES": _AWQ_LANES, "WORDS": _AWQ_WORDS}
-        return Variant(f"few awq, {rows} rows", _awq_few, few, constexprs, 2, bandwidth_bound=True, divisible=big)
+        constexprs = {"ROWS": rows, "SPAN": _SPAN, "x_type": tl.bfloat16, "LANES": _AWQ_LANES, "WORDS": _AWQ_WORDS}
+        return Variant(
+            f"few awq, {rows} rows",
+            awq_few,
+            few | {"width": "i32"},
+            constexprs,
+            2,
+            bandwidth_bound=True,
+            divisible=[*big, "width"],
+        )
 
     def of_many(
         bits: int, tile: tuple[int, int, int, int], block_k: int = 64, awq: bool = False, index: str | None = "uniform",
@@ -415,13 +317,25 @@ def variants() -> list[Variant]:
         constexprs |= {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": block_k}
         if index != "g_idx":
             constexprs["g_ptr"] = None
-        signature |= dict.fromkeys(("n", "d_in", "d_out", "group_size", "steps", "size"), "i32")
-        divisible = [name for name in signature if name.endswith("ptr")] + ["d_in", "d_out", "group_size"]
+        signature |= dict.fromkeys(("n", "d_in", "d_out", "width", "group_size", "steps", "size"), "i32")
+        divisible = [name for name in signature if name.endswith("ptr")] + ["d_in", "d_out", "width", "group_size"]
         divisible = [name for name in divisible if name not in constexprs]
         name = "gradient" if backward else "many"
         label = f"{name} {'awq' if awq else bits} {tile} {block_k} {index} {kind}"
         function = _gradient if backward else _many
         return Variant(label, function, signature, constexprs, warps, stages, kind != "*fp32", divisible=divisible)
 
-    made = [of_few(bits, rows, 64) for bits in (2, 3, 4, 8) for rows in (1, 2, 4)]
+    made = [of_few(bits, rows) for bits in (2, 3, 4, 8) for rows in (1, 2)] + [of_few(4, 1, tl.float32)]
+    made.append(of_awq(1))
+    tuned_tile, small = _TUNED_TILES[0], _TILES[16]
+    made += [of_many(bits, small) for bits in (2, 3, 4, 8)] + [of_many(4, small, awq=True)]
+    made += [of_many(4, tile) for tile in (*tuple(_TILES.values())[1:], *_TUNED_TILES)]
+    made += [of_many(4, tuned_tile, 32), of_many(4, tuned_tile, 32, index="g_idx"), of_many(3, tuned_tile)]
+    made += [of_many(4, tuned_tile, awq=True), of_many(4, _WIDE_TILE, kind="*fp32")]
+    made += [of_many(bits, tuned_tile, backward=True) for bits in (3, 4)]
+    made += [of_many(4, tile, backward=True) for tile in (small, *_TUNED_TILES[1:])]
+    made += [of_many(4, tuned_tile, awq=True, backward=True), of_many(4, tuned_tile, 32, index="g_idx", backward=True)]
+    sums = {"parts_ptr": "*fp32", "y_ptr": "*bf16", "parts": "i32", "count": "i32", "width": "i32"}
+    constexprs = {"BLOCK": _SUM_BLOCK, "bias_ptr": None}
+    made.append(Variant("sum", _sum_parts, sums, constexprs, divisible=["parts_ptr", "y_ptr", "count", "width"]))
     return made

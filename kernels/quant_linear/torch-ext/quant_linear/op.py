@@ -67,7 +67,7 @@ def gptq_linear(
         raise ValueError(f"d_out={d_out} does not fill whole 32-bit words of qzeros at bits={bits}.")
     if g_idx is not None and (g_idx.shape != (d_in,) or g_idx.dtype != torch.int32):
         raise ValueError(f"g_idx is {g_idx.dtype} of shape {tuple(g_idx.shape)}: it must be int32 of shape ({d_in},).")
-    _check_rest(x, bias, d_out, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx, bias=bias)
+    _check_rest(x, d_out, qweight=qweight, qzeros=qzeros, scales=scales, g_idx=g_idx, bias=bias)
     rows = x.reshape(-1, d_in)
     y: Tensor = _gptq_linear(rows, qweight, qzeros, scales, g_idx, bias, bits, group_size, zero_offset)
     return y.view(*x.shape[:-1], d_out)
@@ -108,7 +108,7 @@ def awq_linear(
             f"bits; x and scales say {d_in} x {d_out}."
         )
     _check_groups(qzeros, scales, d_in, group_size, d_out // 8)
-    _check_rest(x, bias, d_out, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
+    _check_rest(x, d_out, qweight=qweight, qzeros=qzeros, scales=scales, bias=bias)
     y: Tensor = _awq_linear(x.reshape(-1, d_in), qweight, qzeros, scales, bias, group_size)
     return y.view(*x.shape[:-1], d_out)
 
@@ -138,7 +138,8 @@ def _check_groups(qzeros: Tensor, scales: Tensor, d_in: int, group_size: int, wo
         )
 
 
-def _check_rest(x: Tensor, bias: Tensor | None, d_out: int, **tensors: Tensor | None) -> None:
+def _check_rest(x: Tensor, d_out: int, **tensors: Tensor | None) -> None:
+    bias = tensors["bias"]
     if bias is not None and (bias.shape != (d_out,) or bias.dtype not in _FLOATING):
         raise ValueError(
             f"bias is {bias.dtype} of shape {tuple(bias.shape)}: it must be float16, bfloat16 or float32 of shape "
