@@ -187,12 +187,17 @@ def _slots(device: torch.device) -> int:
 
 
 def _blocks(rows: int, d: int, itemsize: int) -> tuple[int, int, int]:
-    """BLOCK_D, BLOCK_M and BLOCK_N: 16 KiB of keys and 16 of values a block, so that two programs with three blocks each fit a
-    multiprocessor, and no more rows than registers hold.
+    """BLOCK_D, BLOCK_M and BLOCK_N: 16 KiB of keys and 16 of values a block: two programs with three blocks each
+    fit a multiprocessor. No more rows than registers hold.
     """
     columns = max(16, triton.next_power_of_2(d))
     tokens = min(128, max(16, 16384 // itemsize // columns))
     return columns, min(32, max(16, triton.next_power_of_2(rows))), tokens
+
+
+def _stages(stages: int) -> int:
+    """AMD's cards have 64 KiB of shared memory, and keep blocks under way in registers."""
+    return min(2, stages) if torch.version.hip else stages
 
 
 def _row_major(x: Tensor) -> Tensor:
@@ -269,7 +274,7 @@ def decode_attention(
         _dense[(programs * splits,)](
             query, key, value, mask, scores, part, logs, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
             *mask_strides, n, n - t if is_causal else n, splits, per_split * blocks[2], kv_heads, h // kv_heads, t,
-            scale, softcap, lowest, d, *blocks, softcap > 0, INTERPRETED, num_stages=_DENSE_STAGES,
+            scale, softcap, lowest, d, *blocks, softcap > 0, INTERPRETED, num_stages=_stages(_DENSE_STAGES),
         )  # fmt: skip
     return _joined(query, kv_heads, n, splits, part, logs, scores, sinks, blocks)
 
@@ -312,7 +317,7 @@ def quantized_decode_attention(
         query, *caches, mask, scores, part, logs, *query.stride()[:3], *strides, *mask_strides, n, packed,
         n - t if is_causal else n, splits, packed_splits, per_split * blocks[2], kv_heads, h // kv_heads, t, scale,
         softcap, lowest, d, *blocks, residual, key_bits, packed // key_ranges.shape[2], value_bits,
-        d // value_ranges.shape[3], softcap > 0, INTERPRETED, num_stages=_PACKED_STAGES,
+        d // value_ranges.shape[3], softcap > 0, INTERPRETED, num_stages=_stages(_PACKED_STAGES),
     )  # fmt: skip
     return _joined(query, kv_heads, n, splits, part, logs, scores, sinks, blocks)
 
