@@ -18,7 +18,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["hadamard_matrix", "hadamard_transform", "random_signs"]
+__all__ = ["dense_base", "hadamard_matrix", "hadamard_transform", "random_signs"]
 
 # First rows of the four symmetric circulant blocks of Williamson's array, for the multiples of 4 that Paley's
 # constructions over prime fields miss: bit i of a mask says that entries i and -i are -1.
@@ -55,6 +55,24 @@ def hadamard_matrix(order: int) -> Tensor | None:
         if base is not None:
             return torch.kron(_sylvester(1 << (twos - i)), base)
     return None
+
+
+def dense_base(n: int) -> Tensor | None:
+    """The base B of `H_n = Sylvester (x) B`, what a kernel needs to rotate as `hadamard_transform` does.
+
+    Args:
+        n: a length, at least 1.
+
+    Returns:
+        `(m, m)` int8 of +-1 on the CPU, the smallest base there is, of order 1 where n is a power of two. None where
+        the odd factor of n is rotated by the Hartley transform.
+    """
+    if _plan(n)[1] > 1:
+        return None
+    odd, twos = _split(n)
+    order = next(odd << i for i in range(twos + 1) if _base_exists(odd << i))
+    base = _base_matrix(order)
+    return None if base is None else base.to(torch.int8)
 
 
 def hadamard_transform(x: Tensor, transpose: bool = False, dim: int = -1) -> Tensor:

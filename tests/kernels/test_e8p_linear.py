@@ -68,10 +68,10 @@ def test_kernel(rows, d_out, c, bits, dtype):
 
 @pytest.mark.parametrize("bits", [2, 4])
 def test_parts_of_k_are_summed(bits, monkeypatch):
-    """130 codes are cut into 8 parts, the last of them shorter."""
+    """34 codes are cut into 4 parts, the last of them shorter."""
     monkeypatch.setattr(kernel, "_TILE_CODES", 2)
-    assert kernel._splits(2, 130) == (8, 18)
-    x, arguments = torch.randn(3, 1040), stages(bits, 65, 130)
+    assert kernel._splits(1, 34) == (4, 10)
+    x, arguments = torch.randn(3, 272), stages(bits, 5, 34)
     with poisoned():
         y = kernel.e8p_linear(x, *arguments)
     assert_close(y, reference.e8p_linear(x, *arguments))

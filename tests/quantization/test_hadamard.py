@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_efficiency.quantization.hadamard import hadamard_matrix, hadamard_transform, random_signs
+from hf_efficiency.quantization.hadamard import dense_base, hadamard_matrix, hadamard_transform, random_signs
 
 # 576 and 1536: SmolLM2; 11008 = 64 * 172: Llama 2; 86 = 2 * 43, 7 and 1028 = 4 * 257 have no Hadamard base here.
 LENGTHS = [1, 2, 7, 8, 24, 86, 88, 192, 576, 1028, 1536, 4096, 11008]
@@ -103,3 +103,17 @@ def test_signs_are_fixed_for_all_time():
     assert random_signs(5, "SV", 16).tolist() != expected
     assert torch.equal(random_signs(5, "SU", 40)[:16], random_signs(5, "SU", 16))
     assert abs(random_signs(0, "SV", 4096).mean()) < 0.05
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_dense_base_makes_the_rotation(n):
+    base = dense_base(n)
+    if n in (7, 86, 1028):
+        assert base is None
+        return
+    assert base.dtype == torch.int8
+    assert (n // len(base)).bit_count() == 1
+    x = torch.randn(2, n)
+    y = x.view(2, -1, len(base)) @ base.T.float()
+    sylvester = hadamard_matrix(n // len(base)).float()
+    torch.testing.assert_close((sylvester @ y).view(2, n) / n**0.5, hadamard_transform(x), rtol=1e-4, atol=1e-4)

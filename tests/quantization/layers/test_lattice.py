@@ -115,3 +115,51 @@ def test_built_on_meta_and_pickled():
 def test_rejects_other_widths():
     with pytest.raises(ValueError, match="bits=5 has no lattice codebook: choose one of 2, 3, 4"):
         LatticeLinear(8, 8, bits=5)
+
+
+def on_kernels(layer):
+    """The same layer, multiplied by its kernels (here under Triton's interpreter)."""
+    layer.kernel_devices = frozenset({"cpu"})
+    layer.prepare()
+    return layer
+
+
+@pytest.mark.parametrize(("tuned", "dtype"), [(False, torch.float32), (False, torch.bfloat16), (True, torch.bfloat16)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+# Bases on both sides, powers of two, padding, and lengths that only the Hartley transform rotates (13).
+@pytest.mark.parametrize(("in_features", "out_features"), [(24, 96), (22, 13), (40, 64)])
+def test_kernels_equal_the_plain_path(in_features, out_features, bits, tuned, dtype):
+    plain, fast = (filled(in_features, out_features, bits, tuned, bias=True, compute_dtype=dtype) for _ in range(2))
+    on_kernels(fast)
+    for rows in (1, 3):
+        x = torch.randn(rows, 1, in_features, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        y, expected = fast(x), plain(x)
+        g = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        (grad,), (expected_grad,) = torch.autograd.grad(y, x, g), torch.autograd.grad(expected, x, g)
+        for actual, wanted in ((y, expected), (grad, expected_grad)):
+            assert actual.dtype == dtype
+            assert (actual - wanted).norm() < (1e-6 if dtype == torch.float32 else 1.5e-2) * wanted.norm()
+
+
+def test_kernels_see_what_was_written_to_the_layer():
+    layer = on_kernels(filled(24, 12, tuned=True))
+    x = torch.randn(2, 24)
+    before = layer(x)
+    layer.su.mul_(2)
+    layer.scale.mul_(2)
+    torch.testing.assert_close(layer(x), 4 * before)
+    layer.load_state_dict(filled(24, 12, tuned=True).state_dict())
+    torch.testing.assert_close(layer(x), before)
+    with torch.inference_mode():
+        torch.testing.assert_close(on_kernels(filled(24, 12, tuned=True))(x), before)
+
+
+def test_kernels_compile_without_a_break():
+    layer = on_kernels(filled(24, 12, 3, bias=True))
+    x = torch.randn(2, 24)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+
+
+def test_other_dtypes_take_the_plain_path():
+    layer = on_kernels(filled(24, 12))
+    assert layer.kernel_forward(torch.zeros(1, 24, dtype=torch.double)) is None
