@@ -130,23 +130,26 @@ class AffineLinear(QuantizedLinear):
     def kernel_forward(self, x: Tensor) -> Tensor | None:
         """x Wᵀ plus the bias, straight from the stored tensors of the gptq, gptq_v2 and awq layouts."""
         layout = self._layout
-        if type(layout) not in (GPTQLayout, AWQLayout) or x.dtype not in _KERNEL_DTYPES:
+        if not isinstance(layout, GPTQLayout | AWQLayout) or x.dtype not in _KERNEL_DTYPES:
             return None
         from hf_efficiency.kernels.quant_linear import awq_linear, gptq_linear
 
-        tensors = (x, *(self.get_buffer(name) for name in ("qweight", "qzeros", "scales")))
-        if isinstance(layout, GPTQLayout):
-            if self._permuted is None:  # not prepared: the comparison waits for the device, once
-                self._permuted = self.permuted()
-            return gptq_linear(
-                *tensors,
-                self.g_idx if self._permuted else None,
-                self.bias,
-                bits=self.bits,
-                group_size=self.group_size,
-                zero_offset=layout.zero_offset,
-            )
-        return awq_linear(*tensors, self.bias, group_size=self.group_size)
+        qweight, qzeros, scales = (self.get_buffer(name) for name in ("qweight", "qzeros", "scales"))
+        if isinstance(layout, AWQLayout):
+            return awq_linear(x, qweight, qzeros, scales, self.bias, group_size=self.group_size)
+        if self._permuted is None:  # not prepared: the comparison waits for the device, once
+            self._permuted = self.permuted()
+        return gptq_linear(
+            x,
+            qweight,
+            qzeros,
+            scales,
+            self.g_idx if self._permuted else None,
+            self.bias,
+            bits=self.bits,
+            group_size=self.group_size,
+            zero_offset=layout.zero_offset,
+        )
 
     def prepare(self) -> None:
         """Repacks the codes for the CPU's int4 product (2- and 3-bit codes ride in 4). Costs half a byte a weight."""

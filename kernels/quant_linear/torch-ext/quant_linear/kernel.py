@@ -137,9 +137,9 @@ def _weight(
 ) -> _Weight:  # fmt: skip
     d_in = qweight.shape[0] if awq else qweight.shape[0] * 32 // bits
     size = d_in if group_size == -1 else group_size
-    tensors = (t.contiguous() for t in (qweight, qzeros, scales))
+    qweight, qzeros, scales = (t.contiguous() for t in (qweight, qzeros, scales))
     index = None if g_idx is None else g_idx.contiguous()
-    return _Weight(*tensors, index, bits, size, offset, awq, d_in, scales.shape[1])
+    return _Weight(qweight, qzeros, scales, index, bits, size, offset, awq, d_in, scales.shape[1])
 
 
 def _splits(programs: int, steps: int, wanted: int) -> tuple[int, int]:
@@ -181,8 +181,8 @@ def _sums_of_few(x: Tensor, w: _Weight) -> Tensor:
 # instructions of full precision: a small tile whatever the rows.
 _TILES = {16: (16, 128, 4, 4), 32: (32, 128, 4, 4), 64: (64, 128, 4, 3)}
 _WIDE_TILE = (32, 32, 4, 2)
-# The largest tile decodes least often; the others leave room for more programs, or fit cards with less memory a block.
-_TUNED_TILES = ((128, 128, 8, 3), (64, 128, 4, 3), (128, 64, 4, 3))
+# The larger tile decodes less often; the smaller leaves room for more programs.
+_TUNED_TILES = ((128, 128, 8, 3), (64, 128, 4, 3))
 
 
 def _tile(n: int, dtype: torch.dtype) -> tuple[int, int, int, int] | None:
@@ -328,8 +328,8 @@ def variants() -> list[Variant]:
     made = [of_few(bits, rows) for bits in (2, 3, 4, 8) for rows in (1, 2)] + [of_few(4, 1, tl.float32)]
     made.append(of_awq(1))
     tuned_tile, small = _TUNED_TILES[0], _TILES[16]
-    made += [of_many(bits, small) for bits in (2, 3, 4, 8)] + [of_many(4, small, awq=True)]
-    made += [of_many(4, tile) for tile in (*tuple(_TILES.values())[1:], *_TUNED_TILES)]
+    made += [of_many(bits, small) for bits in (3, 4, 8)] + [of_many(4, small, awq=True)]
+    made += [of_many(4, tile) for tile in (*tuple(_TILES.values())[1:], tuned_tile)]
     made += [of_many(4, tuned_tile, 32), of_many(4, tuned_tile, 32, index="g_idx"), of_many(3, tuned_tile)]
     made += [of_many(4, tuned_tile, awq=True), of_many(4, _WIDE_TILE, kind="*fp32")]
     made += [of_many(bits, tuned_tile, backward=True) for bits in (3, 4)]
