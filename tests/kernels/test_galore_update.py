@@ -18,7 +18,7 @@ from tests.kernels.harness import DTYPES, assert_close, guarded, guards_intact, 
 # m, n, r: one element, ranks of no size that tiles like, more than one tile each way, more terms than one step takes
 SHAPES = [(1, 1, 1), (3, 17, 2), (70, 33, 5), (40, 130, 66), (300, 20, 7)]
 ADAM = (0.9, 0.95, 1e-6, 1 - 0.9**3, 1 - 0.95**3)
-HALF_TILES = [(plan.SMALL, 4), (plan.SMALL, 1), (plan.MIDDLE, 4), (plan.MIDDLE, 1), (plan.LARGE, 1)]
+HALF_TILES = [(plan.SMALL, 1), (plan.MIDDLE, 4), (plan.MIDDLE, 1), (plan.LARGE, 1)]
 
 
 def inputs(m, n, r, right, dtype, seed=0):
@@ -113,10 +113,10 @@ def test_plans_fill_the_device():
     """On 132 processors: parts only where R has few tiles, the large tile only where it has many."""
     assert plan.plan_project(128, 4096, 4096, 2, 132) == (plan.MIDDLE, plan.PARTS)
     assert plan.plan_project(128, 14336, 4096, 2, 132) == (plan.MIDDLE, 1)
-    assert plan.plan_project(4096, 32, 4096, 2, 132) == (plan.SMALL, plan.PARTS)
+    assert plan.plan_project(4096, 32, 4096, 2, 132) == (plan.MIDDLE, plan.PARTS)
     assert plan.plan_project(1024, 4096, 4096, 2, 132) == (plan.LARGE, 1)
     assert plan.plan_project(1024, 4096, 4096, 4, 132) == (plan.FLOAT32, 1)
-    assert plan.plan_project(16, 16, 100, 2, 132) == (plan.SMALL, 1)
+    assert plan.plan_project(16, 16, 100, 2, 132) == (plan.MIDDLE, 1)
     assert plan.plan_apply(512, 1376, 128, 2, 132) == plan.SMALL
     assert plan.plan_apply(4096, 4096, 128, 2, 132) == plan.MIDDLE
     assert plan.plan_apply(4096, 4096, 256, 2, 132) == plan.LARGE

@@ -6,8 +6,8 @@ and any transposition is one code: R = Pᵀ G or G P, and P N or N Pᵀ. States 
 What bounds it, for rank r: G is read once and W read and written once, so memory for r up to about 256 in half
 precision on an H100 (2 r operations a byte of G, r a byte of W), matrix instructions above. Where R has too few tiles
 for all processors, K is split: the parts of R, small then, go through memory (the level-2 cache) to a second launch, in
-a fixed order, so that results repeat. Nothing else of R is written but N. There is no autotuner: it would run updates
-in place many times, or keep a copy of W.
+a fixed order, so that results repeat. So does the whole R with 8-bit states. Otherwise only N is written of it. There is
+no autotuner: it would run updates in place many times, or keep a copy of W.
 """
 
 from typing import Any
@@ -264,7 +264,7 @@ def _low_rank_step(
     grid = (tile.count(m, n), parts)
     sizes = (m, n, k, *a.stride(), *b.stride(), part_size)
     options: dict[str, Any] = {"num_warps": tile.warps, "num_stages": plan.STAGES, **tile.constexprs}
-    if plan.is_fused(tile, parts, bits):
+    if parts == 1 and bits == 32:  # blocks of 8-bit states cross tiles
         _project[grid](a, b, out, states[0], states[2], *sizes, *scalars, FUSED=True, **options)
         return out
     low = torch.empty(parts, m, n, dtype=torch.float32, device=grad.device)
@@ -339,12 +339,11 @@ def variants() -> list[Variant]:
     """Every compilation that a launch may ask for, for contiguous matrices whose sizes are multiples of 16."""
     made = [_adam_variant(bits, parts) for bits in (32, 8) for parts in (1, plan.PARTS)]
     for right in (False, True):
-        tiles = (plan.SMALL, plan.MIDDLE, plan.LARGE)
-        made += [_project_variant("bf16", right, tile, fused=False) for tile in tiles]
-        made += [_project_variant("bf16", right, tile, fused=True) for tile in tiles[1:]]
-        made += [_apply_variant("bf16", right, tile) for tile in tiles]
-    made += [_project_variant("fp32", right, plan.FLOAT32, fused=right) for right in (False, True)]
-    return made + [_apply_variant("fp32", right, plan.FLOAT32) for right in (False, True)]
+        for tile in (plan.MIDDLE, plan.LARGE):
+            made += [_project_variant("bf16", right, tile, fused) for fused in (False, True)]
+        made += [_apply_variant("bf16", right, tile) for tile in (plan.SMALL, plan.MIDDLE, plan.LARGE)]
+    # float32 differs in its products and tile, which one side of each shows.
+    return [*made, _project_variant("fp32", True, plan.FLOAT32, True), _apply_variant("fp32", False, plan.FLOAT32)]
 
 
 def _project_variant(dtype: str, right: bool, tile: plan.Tile, fused: bool) -> Variant:
@@ -371,7 +370,7 @@ def _apply_variant(dtype: str, right: bool, tile: plan.Tile) -> Variant:
 
 def _adam_variant(bits: int, parts: int) -> Variant:
     pointers = {"r_ptr": "*fp32", "n_ptr": "*bf16", **_STATES[bits]}
-    constexprs = {"BITS": bits, "PARTS": parts, "ROWS": _ROWS}
+    constexprs: dict[str, Any] = {"BITS": bits, "PARTS": parts, "ROWS": _ROWS}
     constexprs |= {name: None for name in _STATES[8] if name not in pointers}
     return _variant(f"adam bits {bits} parts {parts}", _adam, pointers, ("count",), _SCALARS, constexprs, 4)
 

@@ -32,7 +32,7 @@ class Tile:
         return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
 
 
-# For half precision. Small: ranks up to 64 and small weights; middle: what memory bounds; large: what matrix
+# For half precision. Small: small weights; middle: what memory bounds, however small the rank; large: what matrix
 # instructions bound, whose operands it reads less often.
 SMALL = Tile(64, 64, 64, 4)
 MIDDLE = Tile(128, 128, 64, 8)
@@ -54,8 +54,6 @@ def plan_project(m: int, n: int, k: int, size: int, programs: int) -> tuple[Tile
     enough = 3 * programs // 4  # less than one wave, but nothing of R goes through memory
     if size == 4:
         tile = FLOAT32
-    elif min(m, n) <= 64:
-        tile = SMALL
     else:
         tile = LARGE if LARGE.count(m, n) >= enough else MIDDLE
     return tile, 1 if tile.count(m, n) >= enough or k < PARTS * tile.block_k else PARTS
@@ -68,8 +66,3 @@ def plan_apply(m: int, n: int, k: int, size: int, programs: int) -> Tile:
     if MIDDLE.count(m, n) < programs:
         return SMALL
     return LARGE if k >= 256 and LARGE.count(m, n) >= programs else MIDDLE
-
-
-def is_fused(tile: Tile, parts: int, bits: int) -> bool:
-    """Whether Adam runs on the tile of R. Small tiles are for small R; blocks of 8-bit states cross tiles."""
-    return parts == 1 and bits == 32 and tile.block_m > 64
