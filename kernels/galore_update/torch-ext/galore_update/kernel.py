@@ -6,8 +6,8 @@ and any transposition is one code: R = Pᵀ G or G P, and P N or N Pᵀ. States 
 What bounds it, for rank r: G is read once and W read and written once, so memory for r up to about 256 in half
 precision on an H100 (2 r operations a byte of G, r a byte of W), matrix instructions above. Where R has too few tiles
 for all processors, K is split: the parts of R, small then, go through memory (the level-2 cache) to a second launch, in
-a fixed order, so that results repeat. So does the whole R with 8-bit states. Otherwise only N is written of it. There is
-no autotuner: it would run updates in place many times, or keep a copy of W.
+a fixed order, so that results repeat. So does the whole R with 8-bit states. Otherwise only N is written of it.
+There is no autotuner: it would run updates in place many times, or keep a copy of W.
 """
 
 from typing import Any
