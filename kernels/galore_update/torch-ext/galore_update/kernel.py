@@ -3,10 +3,12 @@
 Shape legend: a product (M, N) = A (M, K) B (K, N), each operand with two strides, so that either side of the gradient
 and any transposition is one code: R = Pᵀ G or G P, and P N or N Pᵀ. States lie row by row as (M, N).
 
-What bounds it, for rank r: G is read once and W read and written once, so memory for r up to about 256 in half
-precision on an H100 (2 r operations a byte of G, r a byte of W), matrix instructions above. Where R has too few tiles
-for all processors, K is split: the parts of R, small then, go through memory (the level-2 cache) to a second launch, in
-a fixed order, so that results repeat. So does the whole R with 8-bit states. Otherwise only N is written of it.
+What bounds it, for rank r in half precision: W is read and written once; G is read once by each 128 ranks, which run
+side by side, so from memory about once. That is r operations a byte of G and r / 2 a byte of W, and an H100 does 263 in
+the time of a byte: memory bounds R for r up to about 256 and W up to about 512, matrix instructions beyond. Where R has
+too few tiles for all processors, K is split: the parts of R, small then, go through memory (the level-2 cache) to a
+second launch, in a fixed order, so that results repeat. So does the whole R with 8-bit states. Otherwise only N is
+written of it.
 There is no autotuner: it would run updates in place many times, or keep a copy of W.
 """
 
