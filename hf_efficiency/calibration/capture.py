@@ -104,7 +104,8 @@ def trace(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Trace:
 
         return hook
 
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if callable(find_head) else None
     with ExitStack() as stack:
         if isinstance(head, nn.Module):
             stack.callback(head.register_forward_pre_hook(reach_head).remove)
