@@ -53,11 +53,13 @@ def run(package: str | None, function: str, *args: Any) -> Any:
     """
     tensors = [a for a in args if isinstance(a, Tensor)]
     if kernel_runs(package, function, *tensors):
+        from triton.errors import TritonError
+
         kernel: Callable[..., Any] = getattr(import_module(".kernel", package), function)
         try:
             with torch.cuda.device_of(tensors[0]):
                 return kernel(*args)
-        except Exception as error:  # judged below
+        except (TritonError, RuntimeError) as error:
             if not _did_not_compile(error):
                 raise
             _failed[f"{package}.{function}"] = str(error)
