@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 
 from hf_efficiency import __version__
+from hf_efficiency.cli.options.common import MODEL, add_measuring, add_placement
 
 METHODS = ("rtn", "gptq", "awq", "nf4", "quip-sharp")
-DEFAULT_PROMPT = "Explain in two sentences why the sky is blue."
-_MODEL = "a Hub id, a checkpoint folder, a .gguf file, or smollm2-135m (the demo model)"
+# Commands whose options lie in a module of their own in `hf_efficiency.cli.options`, which is named like the command
+# with underscores; so is the module of `hf_efficiency.cli` that runs it.
+_COMMANDS: tuple[str, ...] = ()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -31,10 +34,13 @@ def build_parser() -> argparse.ArgumentParser:
     verify.add_argument("folder", metavar="DIR")
     verify.add_argument("--logits", metavar="FILE", help="safetensors with ids, and logits to compare with bit by bit")
     verify.add_argument("--speed", action="store_true", help="measure speed on the tensor prompt of that file")
-    _placement(verify)
+    add_placement(verify)
     _kernels(
         _command(commands, common, "kernels", "build, check or upload the GPU kernels in the form of the Kernel Hub")
     )
+    for name in _COMMANDS:
+        options = importlib.import_module(f"hf_efficiency.cli.options.{name.replace('-', '_')}")
+        options.add_arguments(_command(commands, common, name, options.SUMMARY))
     return parser
 
 
@@ -45,12 +51,12 @@ def _command(
     summary: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, parents=[common], help=summary, description=summary[0].upper() + summary[1:])
-    parser.set_defaults(module=name)
+    parser.set_defaults(module=name.replace("-", "_"))
     return parser
 
 
 def _quantize(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--method", choices=METHODS, required=True)
     parser.add_argument("--output", metavar="DIR", required=True, help="folder of the new checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
@@ -76,24 +82,24 @@ def _quantize(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--seq-len", type=int, metavar="N", help="tokens of each")
     data.add_argument("--batch-size", type=int, metavar="N", help="sequences that run together")
     data.add_argument("--seed", type=int)
-    _measuring(parser, "--eval-text")
-    _placement(parser)
+    add_measuring(parser, "--eval-text")
+    add_placement(parser)
     parser.add_argument("--no-eval", action="store_true", help="only save and check: no report, no model card")
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help=_MODEL)
+    parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--reference", metavar="MODEL", help="the original, to compare with")
     parser.add_argument("--json", metavar="FILE", help="write the measurements there")
-    _measuring(parser, "--text")
-    _placement(parser)
+    add_measuring(parser, "--text")
+    add_placement(parser)
 
 
 def _dequantize(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="DIR")
     parser.add_argument("--output", metavar="DIR", required=True)
     parser.add_argument("--overwrite", action="store_true", help="replace a checkpoint that is there")
-    _placement(parser)
+    add_placement(parser)
 
 
 def _kernels(parser: argparse.ArgumentParser) -> None:
@@ -107,20 +113,3 @@ def _kernels(parser: argparse.ArgumentParser) -> None:
     push.add_argument("folder", metavar="DIR")
     push.add_argument("repo", metavar="REPO", help="user/name on the Hub")
     push.add_argument("--private", action="store_true", help="make the repository private if it is new")
-
-
-def _measuring(parser: argparse.ArgumentParser, text: str) -> None:
-    group = parser.add_argument_group("measuring")
-    group.add_argument(
-        text, dest="eval_text", metavar="default|FILE", default="default", help="text that is read (default: prose of "
-        "Python's standard library)",
-    )  # fmt: skip
-    group.add_argument("--window", type=int, default=512, metavar="N", help="tokens a window (default: 512)")
-    group.add_argument("--max-windows", type=int, default=16, metavar="N", help="windows read (default: 16)")
-    group.add_argument("--prompt", default=DEFAULT_PROMPT, help=f"what the models answer (default: {DEFAULT_PROMPT!r})")
-
-
-def _placement(parser: argparse.ArgumentParser) -> None:
-    dtypes = ("auto", "float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, default="auto", help="of activations and dense weights")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")

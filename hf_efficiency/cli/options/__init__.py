@@ -1,0 +1,1 @@
+"""What each command takes: one module a command, with its `SUMMARY` and `add_arguments(parser)`, and nothing heavy."""
