@@ -1,0 +1,55 @@
+"""Every PEFT type with small arguments. `integrations/peft/test_composition.py` crosses this table with the quantized
+bases; a new type is a row."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
+
+# Of the tiny Llama. `all-linear` is what most people write; its names are spelled where a type needs more than one list.
+_FEEDFORWARD = ["down_proj"]
+_LINEAR = ["q_proj", "v_proj", "o_proj", *_FEEDFORWARD]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One row.
+
+    Attributes:
+        config: The config class.
+        arguments: Of the config.
+        learning_rate: With which the loss falls within three steps of AdamW.
+        merges: Whether the type can be merged into the weights. Where not, `merge_adapters` must say so.
+        checkpointing: Whether the type trains under gradient checkpointing.
+    """
+
+    config: type[PeftConfig]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    learning_rate: float = 2e-2
+    merges: bool = True
+    checkpointing: bool = True
+
+    def build(self, **overrides: Any) -> PeftConfig:
+        """A new config."""
+        return self.config(**{"task_type": "CAUSAL_LM", **self.arguments, **overrides})
+
+
+def _lora(**arguments: Any) -> Adapter:
+    return Adapter(LoraConfig, {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **arguments})
+
+
+ADAPTERS = {
+    "lora": _lora(),
+    "rslora": _lora(use_rslora=True),
+    "dora": _lora(use_dora=True),
+    "adalora": Adapter(
+        AdaLoraConfig,
+        {"init_r": 6, "target_r": 4, "total_step": 10, "tinit": 1, "tfinal": 2, "target_modules": "all-linear"},
+    ),
+    "vera": Adapter(VeraConfig, {"r": 8, "target_modules": _LINEAR}, learning_rate=0.1),
+    "ia3": Adapter(IA3Config, {"target_modules": _LINEAR, "feedforward_modules": _FEEDFORWARD}, learning_rate=0.1),
+    "prefix": Adapter(
+        PrefixTuningConfig, {"num_virtual_tokens": 4}, learning_rate=0.1, merges=False, checkpointing=False
+    ),
+    "prompt": Adapter(PromptTuningConfig, {"num_virtual_tokens": 4}, learning_rate=0.1, merges=False),
+}
