@@ -3,14 +3,18 @@
 Importing this package registers its methods with the host libraries that are installed, and does nothing else.
 """
 
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from hf_efficiency._after_import import after_import
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_efficiency.demo import load_demo_model
+    from hf_efficiency.integrations.peft import DVoRAConfig
     from hf_efficiency.integrations.transformers import (
         AWQConfig,
         GPTQConfig,
@@ -29,10 +33,12 @@ _EXPORTS = {
     "QuIPSharpConfig": "hf_efficiency.integrations.transformers",
     "prefer": "hf_efficiency.integrations.transformers",
     "load_demo_model": "hf_efficiency.demo",
+    "DVoRAConfig": "hf_efficiency.integrations.peft",
 }
 
 __all__ = [
     "AWQConfig",
+    "DVoRAConfig",
     "GPTQConfig",
     "NF4Config",
     "QuIPSharpConfig",
@@ -57,6 +63,13 @@ def _register() -> None:
     """Makes the methods known to every host library that is installed."""
     if find_spec("transformers") is not None:
         import_module("hf_efficiency.integrations.transformers").register()
+    # PEFT is slow to import, and its import of bitsandbytes asks the network: its types join when a script imports it
+    after_import("peft", _register_peft)
+
+
+def _register_peft() -> None:
+    if "hf_efficiency.integrations.peft" not in sys.modules:  # else it is what imports PEFT, and registers by itself
+        import_module("hf_efficiency.integrations.peft")
 
 
 _register()

@@ -1,0 +1,21 @@
+"""Makes our PEFT types known to PEFT."""
+
+from typing import Any
+
+from hf_efficiency.integrations.peft.dvora import DVoRAModel
+from peft import mapping
+
+# The tuner of each type; its config says its name.
+TUNERS: tuple[Any, ...] = (DVoRAModel,)
+
+
+def register() -> None:
+    """Enters the types into the tables that `get_peft_model` and `PeftModel.from_pretrained` read.
+
+    PEFT's own `register_peft_method` takes members of its enum only. Doing this twice changes nothing.
+    """
+    for tuner in TUNERS:
+        kind = tuner.config_class.kind
+        mapping.PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(kind, tuner.prefix)
+        mapping.PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, tuner.config_class)
+        mapping.PEFT_TYPE_TO_TUNER_MAPPING.setdefault(kind, tuner)

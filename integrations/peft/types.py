@@ -1,0 +1,9 @@
+"""The names of our PEFT types."""
+
+import enum
+
+
+class EfficiencyPeftType(enum.StrEnum):
+    """Beside `peft.PeftType`, which offers no way to add a member; both hash and compare as their string."""
+
+    DVORA = "DVORA"
