@@ -14,7 +14,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_efficiency.demo import load_demo_model
-    from hf_efficiency.integrations.peft import DVoRAConfig
+    from hf_efficiency.integrations.peft import (
+        AdaDoRAConfig,
+        AdaLoRACallback,
+        BitFitConfig,
+        BottleneckConfig,
+        CompacterConfig,
+        DVoRAConfig,
+        DyLoRAConfig,
+        IntrinsicConfig,
+        SNELLConfig,
+        SoRACallback,
+        SoRAConfig,
+    )
+    from hf_efficiency.integrations.peft.merge import merge_adapters
+    from hf_efficiency.integrations.peft.prepare import prepare_for_training
     from hf_efficiency.integrations.transformers import (
         AWQConfig,
         GPTQConfig,
@@ -33,19 +47,43 @@ _EXPORTS = {
     "QuIPSharpConfig": "hf_efficiency.integrations.transformers",
     "prefer": "hf_efficiency.integrations.transformers",
     "load_demo_model": "hf_efficiency.demo",
+    "AdaDoRAConfig": "hf_efficiency.integrations.peft",
+    "AdaLoRACallback": "hf_efficiency.integrations.peft",
+    "BitFitConfig": "hf_efficiency.integrations.peft",
+    "BottleneckConfig": "hf_efficiency.integrations.peft",
+    "CompacterConfig": "hf_efficiency.integrations.peft",
+    "IntrinsicConfig": "hf_efficiency.integrations.peft",
+    "SNELLConfig": "hf_efficiency.integrations.peft",
     "DVoRAConfig": "hf_efficiency.integrations.peft",
+    "DyLoRAConfig": "hf_efficiency.integrations.peft",
+    "SoRACallback": "hf_efficiency.integrations.peft",
+    "SoRAConfig": "hf_efficiency.integrations.peft",
+    "merge_adapters": "hf_efficiency.integrations.peft.merge",
+    "prepare_for_training": "hf_efficiency.integrations.peft.prepare",
 }
 
 __all__ = [
     "AWQConfig",
+    "AdaDoRAConfig",
+    "AdaLoRACallback",
+    "BitFitConfig",
+    "BottleneckConfig",
+    "CompacterConfig",
     "DVoRAConfig",
+    "DyLoRAConfig",
     "GPTQConfig",
+    "IntrinsicConfig",
     "NF4Config",
     "QuIPSharpConfig",
     "RTNConfig",
+    "SNELLConfig",
+    "SoRACallback",
+    "SoRAConfig",
     "__version__",
     "load_demo_model",
+    "merge_adapters",
     "prefer",
+    "prepare_for_training",
 ]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
 
-# Of the tiny Llama. `all-linear` is what most people write; its names are spelled where a type needs more than one list.
+# Layers of the tiny Llama, for types that need more than one list; the others say `all-linear`.
 _FEEDFORWARD = ["down_proj"]
 _LINEAR = ["q_proj", "v_proj", "o_proj", *_FEEDFORWARD]
 
