@@ -57,4 +57,5 @@ class DirectionAdapter(LinearAdapter):
 
 
 def _norms(weight: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(weight.float(), dim=1).to(weight.dtype)
+    precision = torch.promote_types(weight.dtype, torch.float32)
+    return torch.linalg.vector_norm(weight, dim=1, dtype=precision).to(weight.dtype)

@@ -75,6 +75,13 @@ def check_positive(owner: object, **values: float) -> None:
             raise ValueError(f"{type(owner).__name__}: {name}={value} must be above 0.")
 
 
+def check_dropout(owner: object, **values: float) -> None:
+    """Raises a ValueError for the first of `values` that is no probability below 1."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{type(owner).__name__}: {name}={value} must be in [0, 1).")
+
+
 def check_rank(name: str, r: int, base: BaseLinear) -> None:
     """Raises a ValueError if the rank is above what the layer's matrix can have."""
     bound = min(base.in_features, base.out_features)
@@ -244,6 +251,44 @@ class LinearAdapterTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """The tensors of a checkpoint under the model's names.
+
+        Raises:
+            ValueError: They are not those that the adapter has on this model. PEFT itself would leave what is missing
+                untrained and say nothing.
+        """
+        tensors: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = model.state_dict()
+        part = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
+        _check_fits(
+            {name: tuple(tensor.shape) for name, tensor in tensors.items() if part in name},
+            {name: tuple(tensor.shape) for name, tensor in own.items() if f"{part}{adapter_name}." in name},
+        )
+        return tensors
+
+
+def _check_fits(saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    """Compares the shapes of a checkpoint with those of the model, by name."""
+    unknown, missing = sorted(saved.keys() - wanted.keys()), sorted(wanted.keys() - saved.keys())
+    shapes = sorted(name for name in saved.keys() & wanted.keys() if saved[name] != wanted[name])
+    reasons = []
+    if unknown:
+        reasons.append(f"{len(unknown)} of its tensors belong to layers that are not adapted here ({unknown[0]})")
+    if missing:
+        reasons.append(f"{len(missing)} tensors are missing from it ({missing[0]})")
+    if shapes:
+        name = shapes[0]
+        reasons.append(f"{len(shapes)} tensors have another shape ({name}: {saved[name]} saved, {wanted[name]} here)")
+    if reasons:
+        raise ValueError(
+            f"the adapter was made for another model or config: {'; '.join(reasons)}. Load it onto the base that its "
+            "adapter_config.json names, with that config."
+        )
 
 
 def linear_of(module: nn.Module) -> BaseLinear:

@@ -10,6 +10,7 @@ from hf_efficiency.integrations.peft.base import (
     AdapterLinear,
     LinearAdapterConfig,
     LinearAdapterTuner,
+    check_dropout,
     check_positive,
 )
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
@@ -42,8 +43,7 @@ class DVoRAConfig(LinearAdapterConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, r=self.r, d_initial=self.d_initial)
-        if not 0 <= self.dvora_dropout < 1:
-            raise ValueError(f"DVoRAConfig: dvora_dropout={self.dvora_dropout} must be in [0, 1).")
+        check_dropout(self, dvora_dropout=self.dvora_dropout)
 
 
 class DVoRALinear(AdapterLinear):

@@ -2,11 +2,30 @@
 
 from typing import Any
 
+from hf_efficiency.integrations.peft.adadora import AdaDoRAModel
+from hf_efficiency.integrations.peft.bitfit import BitFitModel
+from hf_efficiency.integrations.peft.bottleneck import BottleneckModel
+from hf_efficiency.integrations.peft.compacter import CompacterModel
 from hf_efficiency.integrations.peft.dvora import DVoRAModel
+from hf_efficiency.integrations.peft.dylora import DyLoRAModel
+from hf_efficiency.integrations.peft.intrinsic import IntrinsicModel
+from hf_efficiency.integrations.peft.snell import SNELLModel
+from hf_efficiency.integrations.peft.sora import SoRAModel
+from hf_efficiency.integrations.peft.watch import watch_new_adalora_models
 from peft import mapping
 
 # The tuner of each type; its config says its name.
-TUNERS: tuple[Any, ...] = (DVoRAModel,)
+TUNERS: tuple[Any, ...] = (
+    AdaDoRAModel,
+    BitFitModel,
+    BottleneckModel,
+    CompacterModel,
+    DVoRAModel,
+    DyLoRAModel,
+    IntrinsicModel,
+    SNELLModel,
+    SoRAModel,
+)
 
 
 def register() -> None:
@@ -19,3 +38,4 @@ def register() -> None:
         mapping.PEFT_TYPE_TO_PREFIX_MAPPING.setdefault(kind, tuner.prefix)
         mapping.PEFT_TYPE_TO_CONFIG_MAPPING.setdefault(kind, tuner.config_class)
         mapping.PEFT_TYPE_TO_TUNER_MAPPING.setdefault(kind, tuner)
+    watch_new_adalora_models()
