@@ -5,8 +5,9 @@ Each project on the Kernel Hub stands alone, so this file is linked into each of
 
 import logging
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -38,9 +39,14 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
+def enabled() -> bool:
+    """Whether kernels run at all: Triton is here, and `HF_EFFICIENCY_KERNELS=reference` is not set."""
+    return os.environ.get(SETTING, "").lower() != "reference" and _has_triton()
+
+
 def kernel_runs(package: str | None, function: str, *tensors: Tensor | None) -> bool:
     """Whether `function` of the package's `kernel.py` would run on these tensors, and not the reference."""
-    if os.environ.get(SETTING, "").lower() == "reference" or f"{package}.{function}" in _failed or not _has_triton():
+    if f"{package}.{function}" in _failed or not enabled():
         return False
     return INTERPRETED or all(t.is_cuda for t in tensors if t is not None)
 
@@ -84,17 +90,48 @@ def _did_not_compile(error: Exception) -> bool:
     return any(mark in str(error) for mark in ("PassManager", "compiler", "LLVM", "Triton Error", "ptxas"))
 
 
+def shape_class(tensor: Tensor, number: int) -> int:
+    """A class of shapes (0 to 15) together with the kind of device that a tensor lies on, as one key for `tuned`."""
+    return _device_number(tensor.device) + number
+
+
+@cache
+def _device_number(device: torch.device) -> int:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return zlib.crc32(name.encode()) % (1 << 24) * 16
+
+
+def _may_measure() -> bool:
+    """False where it is no time to run a kernel again and again: a CUDA graph is captured, or torch.compile traces."""
+    return not torch.cuda.is_current_stream_capturing() and not torch.compiler.is_compiling()
+
+
 def tuned(configs: Sequence[Any], key: Sequence[str], **kwargs: Any) -> Callable[[Any], Any]:
-    """`triton.autotune` whose choice is kept on disk, by key, dtype and device. Interpreted: the first config.
+    """`triton.autotune` whose choice is kept on disk, by key and dtype. Where it can't measure: the first config.
 
     Args:
         configs: `triton.Config`s.
         key: Arguments whose values call for a choice of their own. Bucket sizes before: a choice a class, not a size.
+            One of them comes from `shape_class`, which adds the device.
         **kwargs: For `triton.autotune`.
     """
     import triton
 
-    return triton.autotune(list(configs[:1]) if INTERPRETED else list(configs), list(key), cache_results=True, **kwargs)
+    def decorate(function: Any) -> Any:
+        used = list(configs[:1]) if INTERPRETED else list(configs)
+        tuner = triton.autotune(used, list(key), cache_results=True, **kwargs)(function)
+        chosen = tuner.check_disk_cache
+
+        def choose(key: Any, configs: list[Any], measure: Callable[[], None]) -> Any:
+            if _may_measure():
+                return chosen(key, configs, measure)
+            tuner.cache[key] = configs[0]
+            return True
+
+        tuner.check_disk_cache = choose
+        return tuner
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -111,6 +148,7 @@ class Variant:
         matrix: The code must use matrix instructions.
         bandwidth_bound: The code must not spill registers, and must load 128 bits at a time.
         divisible: Arguments (pointers, strides, sizes) that are multiples of 16, as the launcher would find.
+        targets: Cards whose launches ask for it, such as `"sm_80"`; none named stands for all.
     """
 
     label: str
@@ -121,4 +159,5 @@ class Variant:
     num_stages: int = 3
     matrix: bool = False
     bandwidth_bound: bool = False
-    divisible: Sequence[str] = field(default=())
+    divisible: Sequence[str] = ()
+    targets: Sequence[str] = ()

@@ -1,5 +1,7 @@
 """The Hadamard kernel against its reference, and both against the rotation that checkpoints are made with."""
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from tests.kernels.harness import DTYPES, assert_close, guarded, guards_intact, 
 
 # Length and order of the base: none, one block and several, several vectors a program, blocks of 128, bases above 128.
 SIZES = [(1, 1), (2, 1), (8, 1), (64, 1), (256, 1), (12, 12), (40, 20), (96, 12), (576, 36), (8192, 1), (3584, 28)]
-LONG = [(16384, 1), (28672, 28), (32768, 1), (344, 172), (68 * 128, 68)]
+LONG = [(16384, 1), (28672, 28), (344, 172), (68 * 128, 68)]
 
 
 def base_of(m):
@@ -46,6 +48,23 @@ def test_long_vectors_and_large_bases(n, m):
     compare(2, n, m, ("signs", "real"), torch.bfloat16, transpose=True)
 
 
+@pytest.mark.parametrize(("n", "m"), [(64, 1), (8192, 1), (3584, 28), (136, 68), (344, 172), (68 * 128, 68)])
+@pytest.mark.parametrize("kinds", [("signs", "none"), ("real", "real")])
+def test_cards_that_hold_one_block(n, m, kinds, monkeypatch):
+    """Each block of a vector has a program of its own, which reads all of them."""
+    monkeypatch.setattr(kernel, "_roomy", lambda _: False)
+    compare(2, n, m, kinds, torch.bfloat16)
+    compare(3, n, m, kinds, torch.float32, n_in=n - 3, n_out=n - 2, transpose=True)
+
+
+def test_room_by_card():
+    assert kernel._roomy(None)  # AMD
+    assert [kernel._roomy((major, 0)) for major in (8, 9, 10, 12)] == [False, True, True, False]
+    assert not kernel._plan(14336, 28).SPREAD
+    assert kernel._plan(14336, 28, roomy=False).SPREAD
+    assert kernel._plan(14336, 28, exact=False).SPREAD
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_padding_and_cropping(dtype):
     compare(5, 24, 12, ("signs", "signs"), dtype, n_in=21, n_out=22)
@@ -58,8 +77,9 @@ def test_more_than_registers_hold_takes_the_reference():
 
 
 def test_every_length_is_cut_into_its_factors():
-    for n, m in [(4096, 1), (14336, 28), (11008, 172), (13824, 108), (18944, 148), (53248, 52), (29568, 924), (6, 3)]:
-        plan = kernel._plan(n, m)
+    lengths = [(4096, 1), (14336, 28), (11008, 172), (13824, 108), (18944, 148), (53248, 52), (29568, 924), (6, 3)]
+    for (n, m), exact, roomy in product(lengths, (False, True), (False, True)):
+        plan = kernel._plan(n, m, exact, roomy)
         assert n == plan.T * plan.A * plan.K
         assert plan.K % m == 0
         assert plan.K <= plan.KP * plan.CHUNKS

@@ -12,9 +12,12 @@ nothing to sum up afterwards. Up to 256 rows: tensor cores take the products, K 
 multiprocessors have work, and the float32 parts are summed in a fixed order by a second launch. Above, decoding the
 weight again for every 64 rows costs more than to write it once (11 us) and read it back: cuBLAS multiplies.
 
+Nothing is tuned: registers set the tiles (the largest uses 254 of 255), and the sizes of the weight the programs.
+
 Shape legend: r rows, d_in inputs, d_out outputs, c = d_in / 8 codes a row.
 """
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -177,12 +180,12 @@ def _some_rows(
     tl.store(y_ptr + offset, total * 0.5, here & (row < rows)[None, :])
 
 
-@triton.jit
-def _summed(parts_ptr, y_ptr, count, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def _summed(parts_ptr, y_ptr, count, splits, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < count
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(SPLITS):
+    for part in range(splits):
         total += tl.load(parts_ptr + part * count + index, mask, 0.0)
     tl.store(y_ptr + index, total, mask)
 
@@ -256,7 +259,7 @@ def e8p_linear(
         out, width, warps = _one_row_sizes(d_out, c, residual is not None)
         _one_row[(triton.cdiv(d_out, out),)](x, *arguments, y, d_out, c, inverse, out, width, bias, num_warps=warps)
         return y
-    tile = 16 if rows <= 16 else 64
+    tile = 16 if rows <= 16 or x.dtype == torch.float32 else 64  # three parts of float32 leave no room for more
     blocks = triton.cdiv(d_out, _TILE_OUT) * triton.cdiv(rows, tile)
     splits, share = _splits(blocks, c)
     sums = y if splits == 1 else torch.empty(splits, rows, d_out, dtype=torch.float32, device=x.device)
@@ -310,9 +313,9 @@ def _one_row_sizes(d_out: int, c: int, two_stages: bool) -> tuple[int, int, int]
 
     A thread decodes 16 codes of one stage at a time, or 8 of two, which leaves registers for 16 warps or more.
     """
-    out = next((o for o in (16, 8) if d_out >= 256 * o), 4)
-    width = min(128 if two_stages else 256, max(16, triton.next_power_of_2(c)))
-    return out, width, max(1, min(8, out * width // (256 if two_stages else 512)))
+    out = 16 if d_out >= 256 * 16 else 4
+    width = 64 if c < 128 else 128 if two_stages else 256
+    return out, width, max(1, out * width // (256 if two_stages else 512))
 
 
 def _splits(blocks: int, c: int) -> tuple[int, int]:
@@ -331,19 +334,19 @@ def _precision(dtype: torch.dtype) -> dict[str, Any]:
 _DECODE_OUT, _DECODE_CODES = 16, 32
 _SUM_BLOCK = 1024
 
-_BF16, _FP32 = (torch.bfloat16, "*bf16"), (torch.float32, "*fp32")
-# Bits, residual, roots; widths for one row, rows and dtypes for more. Two bits show what depends on shapes and dtypes.
-_STAGES = (
-    (2, None, None, (4096, 2048), ((16, _BF16), (64, _BF16), (16, _FP32))),
-    (3, "*u8", "*i32", (4096,), ((16, _BF16),)),
-    (4, "*i16", None, (4096,), ((16, _BF16), (64, _BF16))),
-)
+_TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# Bits, residual, roots.
+_STAGES = ((2, None, None), (3, "*u8", "*i32"), (4, "*i16", None))
 
 
 def variants() -> list[Variant]:
-    """Every compilation that a launch may ask for, at the sizes of common models."""
+    """Every compilation that a launch may ask for.
+
+    Rows, splits and sizes are arguments. float16 differs by the types of conversions and matrix instructions; what is
+    written is float32 or the dtype of x, by a conversion.
+    """
     made = []
-    for bits, residual, roots, widths, tiles in _STAGES:
+    for bits, residual, roots in _STAGES:
         bias = -1.0 if residual is None else _POINT.value if roots is None else _ROOT
         codes = {"codes_ptr": "*i16", "patterns_ptr": "*i32", "inverse": "fp32", "d_out": "i32", "c": "i32"}
         fixed: dict[str, Any] = {"BIAS": bias}
@@ -352,23 +355,25 @@ def variants() -> list[Variant]:
                 fixed[name] = None
             else:
                 codes[name] = kind
-        for d_out in widths:
-            out, width, warps = _one_row_sizes(d_out, 512, residual is not None)
+        for d_out, c in product((4096, 2048), (512, 72)):
+            out, width, warps = _one_row_sizes(d_out, c, residual is not None)
             signature = codes | {"x_ptr": "*bf16", "y_ptr": "*bf16"}
             sizes = fixed | {"OUT": out, "CODES": width}
-            made.append(_variant(f"one row {bits} bits {out}", _one_row, signature, sizes, warps, wide=True))
+            label = f"one row {bits} bits {out} x {width}"
+            made.append(_variant(label, _one_row, signature, sizes, warps, wide=True))
         tile = {"OUT": _TILE_OUT, "CODES": _TILE_CODES}
-        for rows, (dtype, kind) in tiles:
-            signature = codes | {"x_ptr": kind, "y_ptr": "*fp32" if rows == 16 else kind}
+        tiles = [(16, torch.bfloat16), (64, torch.bfloat16), (16, torch.float32)]
+        for rows, dtype in [*tiles, (64, torch.float16)] if bits == 2 else tiles:
+            signature = codes | {"x_ptr": _TYPES[dtype], "y_ptr": "*fp32"}
             signature |= dict.fromkeys(("rows", "x_stride", "share"), "i32")
             sizes = fixed | tile | {"ROWS": rows} | _precision(dtype)
-            made.append(_variant(f"{rows} rows {bits} bits {kind[1:]}", _some_rows, signature, sizes, matrix=True))
+            label = f"{rows} rows {bits} bits {_TYPES[dtype][1:]}"
+            made.append(_variant(label, _some_rows, signature, sizes, matrix=True))
         signature = codes | {"y_ptr": "*bf16", "stride": "i32", "residual_stride": "i32"}
         sizes = fixed | {"OUT": _DECODE_OUT, "CODES": _DECODE_CODES}
-        if bits != 3:
-            made.append(_variant(f"decode {bits} bits", _decoded, signature, sizes))
-    sums = {"parts_ptr": "*fp32", "y_ptr": "*bf16", "count": "i32"}
-    made.append(_variant("sum", _summed, sums, {"SPLITS": 4, "BLOCK": _SUM_BLOCK}, wide=True))
+        made.append(_variant(f"decode {bits} bits", _decoded, signature, sizes))
+    sums = {"parts_ptr": "*fp32", "y_ptr": "*bf16", "count": "i32", "splits": "i32"}
+    made.append(_variant("sum", _summed, sums, {"BLOCK": _SUM_BLOCK}, wide=True))
     return made
 
 
@@ -381,7 +386,7 @@ def _variant(
     matrix: bool = False,
     wide: bool = False,
 ) -> Variant:
-    divisible = [name for name, kind in signature.items() if kind != "fp32" and name != "rows"]
+    divisible = [name for name, kind in signature.items() if kind != "fp32" and name not in ("rows", "splits")]
     return Variant(
         label, function, signature, constants, warps, matrix=matrix, bandwidth_bound=wide, divisible=divisible
     )

@@ -11,9 +11,15 @@ whole tensors in registers. The result of the first product is the left operand 
 so the only trips through shared memory are those that turn X and Z around. Where A < 64, 64 / A vectors share a program
 and S is block diagonal: the products always have 64 columns.
 
+NVIDIA's cards other than Hopper and data-centre Blackwell take the operands of their products from registers, which
+leaves room for one block. There, and where x is more than one part or T above 4, each of a vector's T blocks is made by
+a program of its own: it reads the whole vector, mostly from L2, and takes the butterflies first.
+
 Memory is the bound: one read, one write. At n = 4096 in bfloat16 the two products are 384 operations an element, which
-is 290 TFLOP/s at 3 TB/s, and the turns move 8 bytes an element through shared memory. Bases above 128 are cut into
-blocks of 64, re-read the input from L2, and are bound by the products (m operations an element and block of 64).
+is 290 TFLOP/s at 3 TB/s, and the turns move 8 bytes an element through shared memory. Bases above 64 are cut into
+blocks of 64 or 32, re-read the input from L2, and are bound by the products (m operations an element and block).
+
+There is nothing to tune: the length sets the blocks, and the registers set the warps.
 
 Shape legend: r rows, n length of the transform, m order of the base.
 """
@@ -30,7 +36,8 @@ from . import reference
 from ._launch import INTERPRETED, Variant
 
 _COLUMNS = 64  # of both products: runs of one block, or of several vectors
-_LARGEST = 8  # blocks of a vector that registers hold (the eighth spills)
+_LARGEST = 4  # blocks of a vector that registers hold
+_MOST_READS = 16  # of a vector whose blocks have a program each
 
 
 class _Plan(NamedTuple):
@@ -38,29 +45,53 @@ class _Plan(NamedTuple):
 
     M: int  # order of the base
     K: int  # the base doubled until it fills a block
-    KP: int  # rows of a block: K rounded up to 64 or 128, or 64 at a time
+    KP: int  # rows of a block: K rounded up to 64 or 128, or 64 or 32 at a time
     CHUNKS: int  # blocks along K; above 1 each program makes one of them
     A: int
     T: int
+    SPREAD: bool  # each of the T blocks has a program of its own
     warps: int
 
 
-def _plan(n: int, m: int) -> _Plan | None:
-    """None where the vector does not fit in registers."""
+def _plan(n: int, m: int, exact: bool = True, roomy: bool = True) -> _Plan | None:
+    """None where a vector would be read too often. `exact` and `roomy`: as `_exact` and `_roomy` say."""
     k = m
     while n % (2 * k) == 0 and 2 * k <= 64:
         k *= 2
     a = min(_COLUMNS, n // k)
     t = n // (k * a)
-    if t > 1 and 2 * k <= 128:  # a wider first product costs less than more butterflies and barriers
+    wide = t > 1 and 2 * k <= 128  # a wider first product costs less than more butterflies and barriers
+    spread = not (exact and roomy) or (t // 2 if wide else t) > _LARGEST
+    if wide and not spread:
         k, t = 2 * k, t // 2
-    if t > _LARGEST:
+    if t > _MOST_READS:
         return None
-    if k > 128:
-        return _Plan(m, k, 64, triton.cdiv(k, 64), a, t, 4 if t <= 2 else 8)
+    if m > 64:
+        rows = 64 if exact and not (spread and t > 1) else 32
+        return _Plan(m, k, rows, triton.cdiv(k, rows), a, t, spread, 4 if spread or t <= 2 else 8)
     rows = 64 if k <= 64 else 128
-    # At most 128 sums a thread, and no more warps than the rows of a block can be dealt to.
-    return _Plan(m, k, rows, 1, a, t, 16 if t > 4 else rows // 16)
+    # No more warps than the rows of a block can be dealt to, except where registers call for it.
+    return _Plan(m, k, rows, 1, a, t, spread, 8 if not exact and t == 1 else rows // 16)
+
+
+def _roomy(capability: tuple[int, int] | None) -> bool:
+    """Whether a card by NVIDIA of a compute capability, or by AMD (None), holds more than one block a program."""
+    return capability is None or capability[0] in (9, 10)
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None under the interpreter too."""
+    return None if device.type != "cuda" or torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def _exact(dtype: torch.dtype, real: bool) -> bool:
+    """Whether one part holds the first product's operand; `real`: the input is multiplied by more than signs."""
+    return dtype != torch.float32 and not real
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """None under the interpreter too."""
+    return None if device.type != "cuda" or torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 @triton.jit
@@ -130,7 +161,38 @@ def _multiplied(x, before_ptr, pos, mask):
     return x
 
 
-@triton.jit(do_not_specialize=["rows", "stride_0", "stride_1"])
+@triton.jit
+def _butterfly(
+    x_row, before_ptr, run, inner, here, block, blocks, n_in, K: tl.constexpr, A: tl.constexpr, T: tl.constexpr
+):  # fmt: skip
+    """Row `block` of Sylvester(blocks) times the blocks (A, K) of a vector; in float32 where there are several."""
+    pos = run[:, None] * K + inner[None, :]
+    mask = (inner < K)[None, :]
+    total = _multiplied(tl.load(x_row + pos, mask & (pos < n_in) & here, 0.0), before_ptr, pos, mask & (pos < n_in))
+    if T > 1:
+        total = total.to(tl.float32)
+        for t in tl.range(1, blocks, num_stages=2):
+            pos += A * K
+            inside = mask & (pos < n_in)
+            x = _multiplied(tl.load(x_row + pos, inside & here, 0.0), before_ptr, pos, inside).to(tl.float32)
+            total += x * _sylvester(block, t).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _store(
+    z, y_ptr, after_ptr, row, here, run, out, t, n_out, scale, K: tl.constexpr, A: tl.constexpr
+):  # fmt: skip
+    """Writes block t (A, K) of the result."""
+    z *= scale
+    pos = (t * A + run)[:, None] * K + out[None, :]
+    mask = (out < K)[None, :] & (pos < n_out)
+    if after_ptr is not None:
+        z *= tl.load(after_ptr + pos, mask, 0).to(tl.float32)
+    tl.store(y_ptr + row[:, None] * n_out + pos, z, mask & here)
+
+
+@triton.jit(do_not_specialize=["rows", "stride_0", "stride_1", "blocks", "chunks"])
 def _hadamard(
     x_ptr,
     base_ptr,
@@ -144,12 +206,15 @@ def _hadamard(
     stride_0,
     stride_1,
     scale,
+    blocks,
+    chunks,
     M: tl.constexpr,
     K: tl.constexpr,
     KP: tl.constexpr,
     CHUNKS: tl.constexpr,
     A: tl.constexpr,
     T: tl.constexpr,
+    SPREAD: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_2: tl.constexpr,
@@ -161,56 +226,67 @@ def _hadamard(
     row = tl.program_id(0).to(tl.int64) * (COLUMNS // A) + column // A
     here = (row < rows)[:, None]
     x_row = x_ptr + row[:, None] * x_stride
-    out = tl.arange(0, KP) + tl.program_id(1) * KP
+    out = tl.arange(0, KP) + tl.program_id(1) % chunks * KP
+    block = tl.program_id(1) // chunks
     same = (column // A)[:, None] == (column // A)[None, :]
     right = tl.where(same, _sylvester(run[:, None], run[None, :]).to(tl.float32), 0.0).to(DOT_2)
 
     loaded = ()
     if CHUNKS == 1:
         left = _base_block(base_ptr, stride_0, stride_1, out, out, M, K, DOT)
-        for t in tl.static_range(T):  # all loads are under way before the first product waits
-            pos = (t * A + run)[:, None] * K + out[None, :]
-            loaded += (tl.load(x_row + pos, (out < K)[None, :] & (pos < n_in) & here, 0.0),)  # type: ignore[assignment]
+        if not SPREAD:
+            for t in tl.static_range(T):  # all loads are under way before the first product waits
+                pos = (t * A + run)[:, None] * K + out[None, :]
+                mask = (out < K)[None, :] & (pos < n_in) & here
+                loaded += (tl.load(x_row + pos, mask, 0.0),)  # type: ignore[assignment]
     made = ()
-    for t in tl.static_range(T):
+    for t in tl.static_range(1 if SPREAD else T):
         y = tl.zeros((KP, COLUMNS), tl.float32)
-        if CHUNKS == 1:
+        if CHUNKS > 1:
+            for chunk in tl.range(0, chunks, num_stages=1):  # more under way would spill
+                inner = tl.arange(0, KP) + chunk * KP
+                left = _base_block(base_ptr, stride_0, stride_1, out, inner, M, K, DOT)
+                if SPREAD:
+                    x = _butterfly(x_row, before_ptr, run, inner, here, block, blocks, n_in, K, A, T)
+                else:
+                    pos = (t * A + run)[:, None] * K + inner[None, :]
+                    mask = (inner < K)[None, :] & (pos < n_in)
+                    x = _multiplied(tl.load(x_row + pos, mask & here, 0.0), before_ptr, pos, mask)
+                y = _left_product(left, x, y, PARTS, DOT)
+        elif SPREAD:
+            x = _butterfly(x_row, before_ptr, run, out, here, block, blocks, n_in, K, A, T)
+            y = _left_product(left, x, y, PARTS, DOT)
+        else:
             pos = (t * A + run)[:, None] * K + out[None, :]
             x = _multiplied(loaded[t], before_ptr, pos, (out < K)[None, :] & (pos < n_in))
             y = _left_product(left, x, y, PARTS, DOT)
-        else:
-            for chunk in range(CHUNKS):
-                inner = tl.arange(0, KP) + chunk * KP
-                left = _base_block(base_ptr, stride_0, stride_1, out, inner, M, K, DOT)
-                pos = (t * A + run)[:, None] * K + inner[None, :]
-                mask = (inner < K)[None, :] & (pos < n_in)
-                x = _multiplied(tl.load(x_row + pos, mask & here, 0.0), before_ptr, pos, mask)
-                y = _left_product(left, x, y, PARTS, DOT)
         made += (tl.trans(_right_product(y, right, PARTS_2, DOT_2)),)  # type: ignore[assignment]
 
-    for t in tl.static_range(T):
-        z = made[0]  # type: ignore[misc]
-        for s in tl.static_range(1, T):
-            if ((s & t) ^ ((s & t) >> 1) ^ ((s & t) >> 2)) & 1:
-                z = z - made[s]
-            else:
-                z = z + made[s]
-        z *= scale
-        pos = (t * A + run)[:, None] * K + out[None, :]
-        mask = (out < K)[None, :] & (pos < n_out)
-        if after_ptr is not None:
-            z *= tl.load(after_ptr + pos, mask, 0).to(tl.float32)
-        tl.store(y_ptr + row[:, None] * n_out + pos, z, mask & here)
+    if SPREAD:
+        _store(made[0], y_ptr, after_ptr, row, here, run, out, block, n_out, scale, K, A)  # type: ignore[misc]
+    else:
+        for t in tl.static_range(T):
+            z = made[0]  # type: ignore[misc]
+            for s in tl.static_range(1, T):
+                if ((s & t) ^ ((s & t) >> 1) ^ ((s & t) >> 2)) & 1:
+                    z = z - made[s]
+                else:
+                    z = z + made[s]
+            _store(z, y_ptr, after_ptr, row, here, run, out, t, n_out, scale, K, A)
 
 
 def _constants(plan: _Plan, dtype: torch.dtype, exact: bool) -> dict[str, Any]:
-    """The kernel's constants for inputs of a dtype; `exact`: what multiplies them are signs, or nothing."""
+    """The kernel's constants for inputs of a dtype."""
     single = dtype == torch.float32
+    exact = exact and not (plan.SPREAD and plan.T > 1)
     parts = 3 if single else 1 if exact else 2
     first = tl.float16 if dtype == torch.float16 and exact else tl.bfloat16
     # The interpreter multiplies what bfloat16 holds as float32.
     dots = {"DOT": tl.float32, "DOT_2": tl.float32} if INTERPRETED else {"DOT": first, "DOT_2": tl.bfloat16}
     sizes = {name: value for name, value in plan._asdict().items() if name != "warps"}
+    # Loops count at run time, which keeps compilers from unrolling them: one code for several chunks, and for several
+    # blocks that have a program each.
+    sizes |= {"CHUNKS": min(plan.CHUNKS, 2)} | ({"T": min(plan.T, 2)} if plan.SPREAD else {})
     return sizes | {"COLUMNS": _COLUMNS, "PARTS": parts, "PARTS_2": 3 if single else 2} | dots
 
 
@@ -225,7 +301,8 @@ def hadamard(
     out_length: int,
 ) -> Tensor:
     """As in `reference.py`, which also serves vectors that are too long for the registers of one program."""
-    plan = _plan(length, 1 if base is None else len(base))
+    exact = _exact(x.dtype, before is not None and before.dtype == torch.float32)
+    plan = _plan(length, 1 if base is None else len(base), exact, _roomy(_capability(x.device)))
     if plan is None:
         return reference.hadamard(x, base, before, after, scale, transpose, length, out_length)
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -233,61 +310,56 @@ def hadamard(
     y = torch.empty(rows, out_length, dtype=x.dtype, device=x.device)
     strides = (0, 0) if base is None else base.stride()
     first, second = reversed(strides) if transpose else strides
-    constants = _constants(plan, x.dtype, before is None or before.dtype == torch.int8)
+    constants = _constants(plan, x.dtype, exact)
     vectors = [v if v is None else v.contiguous() for v in (before, after)]
     if rows:
-        _hadamard[(triton.cdiv(rows, _COLUMNS // plan.A), plan.CHUNKS)](
+        _hadamard[(triton.cdiv(rows, _COLUMNS // plan.A), plan.CHUNKS * (plan.T if plan.SPREAD else 1))](
             x, base, *vectors, y, rows, n_in, out_length, x.stride(0), first, second, scale / math.sqrt(length),
-            **constants, num_warps=plan.warps,
+            plan.T, plan.CHUNKS, **constants, num_warps=plan.warps,
         )  # fmt: skip
     return y
 
 
 # What the sides of a layer give: label, before, after.
 _SIDES = (("input", "*i8", None), ("output", None, "*fp32"), ("tuned", "*fp32", None))
-# Length, order of the base, sides, dtype, and whether no target may spill. On sm_80 float32 does, and the tuned side
-# under Triton 3.6 (72 bytes).
-_SIZES = (
-    (4096, 1, _SIDES[:2], torch.bfloat16, True),
-    (4096, 1, _SIDES[2:], torch.bfloat16, False),
-    (4096, 1, _SIDES[:1], torch.float16, True),
-    (4096, 1, _SIDES[:1], torch.float32, False),
-    (8192, 1, _SIDES[1:2], torch.bfloat16, True),
-    (14336, 28, _SIDES[:1], torch.bfloat16, False),
-    (28672, 28, _SIDES[1:2], torch.bfloat16, False),
-    (11008, 172, _SIDES[:1], torch.bfloat16, False),
-)
+# Length and order of the base, for each way to cut a vector: a block of 64 rows, one, two and four of 128, and bases
+# above 64 in one block and in two.
+_CUTS = ((4096, 1), (8192, 1), (14336, 28), (28672, 28), (11008, 172), (8704, 68))
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+# Cards by what `_roomy` says of them.
+_CARDS = ((None, ("sm_90", "gfx942")), ((8, 0), ("sm_80",)))
 
 
 def variants() -> list[Variant]:
-    """Every compilation that a launch may ask for, at the sizes of common models."""
-    made = []
-    for n, m, sides, dtype, bound in _SIZES:
-        plan = _plan(n, m)
-        if plan is None:
-            continue
-        for side, before, after in sides:
-            signature = {"x_ptr": _TYPES[dtype], "y_ptr": _TYPES[dtype], "rows": "i32", "scale": "fp32"}
-            signature |= dict.fromkeys(("n_in", "n_out", "x_stride", "stride_0", "stride_1"), "i32")
-            constants = _constants(plan, dtype, before != "*fp32")
-            for name, kind in (("base_ptr", "*i8" if m > 1 else None), ("before_ptr", before), ("after_ptr", after)):
-                if kind is None:
-                    constants[name] = None
-                else:
-                    signature[name] = kind
-            divisible = [s for s in signature if s.endswith("_ptr") or s in ("n_in", "n_out", "x_stride")]
-            label = f"{side} {n} {_TYPES[dtype][1:]}"
-            made.append(
-                Variant(
-                    label,
-                    _hadamard,
-                    signature,
-                    constants,
-                    plan.warps,
-                    matrix=True,
-                    bandwidth_bound=bound,
-                    divisible=divisible,
-                )
-            )
-    return made
+    """Every cut of a vector and everything that multiplies one; float16 differs by its products' type alone.
+
+    Lengths of one cut differ in K and A, numbers in addresses and masks, and above 65536 in the blocks' number alone.
+    """
+    made: dict[tuple[Any, ...], Variant] = {}
+    for n, m in _CUTS:
+        kinds = [(torch.bfloat16, side) for side in _SIDES] + [(torch.float32, side) for side in _SIDES[1:]]
+        for dtype, side in [*kinds, (torch.float16, _SIDES[0])] if n == 4096 else kinds:
+            exact = _exact(dtype, side[1] == "*fp32")
+            for capability, cards in _CARDS:
+                plan = _plan(n, m, exact, _roomy(capability))
+                if plan is not None:
+                    constants = _constants(plan, dtype, exact)
+                    variant = _variant(n, plan, constants, side, dtype, cards)
+                    made.setdefault((*constants.values(), side, dtype, cards, plan.warps), variant)
+    return list(made.values())
+
+
+def _variant(
+    n: int, plan: _Plan, constants: dict[str, Any], side: tuple[str, str | None, str | None], dtype: torch.dtype,
+    cards: tuple[str, ...],
+) -> Variant:  # fmt: skip
+    signature = {"x_ptr": _TYPES[dtype], "y_ptr": _TYPES[dtype], "rows": "i32", "scale": "fp32"}
+    signature |= dict.fromkeys(("n_in", "n_out", "x_stride", "stride_0", "stride_1", "blocks", "chunks"), "i32")
+    given = {"base_ptr": "*i8" if plan.M > 1 else None, "before_ptr": side[1], "after_ptr": side[2]}
+    signature |= {name: kind for name, kind in given.items() if kind is not None}
+    divisible = [s for s in signature if s.endswith("_ptr") or s in ("n_in", "n_out", "x_stride")]
+    return Variant(
+        f"{side[0]} {n} {_TYPES[dtype][1:]}{', spread' * plan.SPREAD}", _hadamard, signature,
+        constants | {name: None for name, kind in given.items() if kind is None}, plan.warps, matrix=True,
+        bandwidth_bound=plan.CHUNKS == 1, divisible=divisible, targets=cards,
+    )  # fmt: skip

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._launch import INTERPRETED, Variant
+from ._launch import INTERPRETED, Variant, shape_class, tuned
 from .tiles import lookup, octet_shifts, scale_of, stack, weight_tile
 
 _CHUNK = 32  # weights that one 128-bit load brings
@@ -109,10 +109,10 @@ def _dot(x, w, acc, PRECISION: tl.constexpr):
         return tl.dot(x, w, acc, input_precision=PRECISION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "steps", "size"])
 def _many_rows(
     x_ptr, packed_ptr, table_ptr, absmax_ptr, map_ptr, nested_ptr, offset_ptr, bias_ptr, y_ptr, n, d_in, d_out,
-    x_stride, steps, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr,
+    x_stride, steps, size, SHIFT: tl.constexpr, ALIGNED: tl.constexpr, BACKWARD: tl.constexpr, M: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y = x Wᵀ, or x W for the gradient: an (M, C) tile of y a program, `steps` tiles of weights decoded in registers.
@@ -155,7 +155,7 @@ def _many_rows(
     tl.store(y_row + column[None, :], acc, (row[:, None] < n) & (column[None, :] < cols))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _reduce(parts_ptr, bias_ptr, y_ptr, count, cols, splits, BLOCK: tl.constexpr):
     """y = the sum of the parts (splits, count), in their order, plus the bias (cols,)."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -168,15 +168,33 @@ def _reduce(parts_ptr, bias_ptr, y_ptr, count, cols, splits, BLOCK: tl.constexpr
     tl.store(y_ptr + at, total, mask)
 
 
-def _tile(n: int, dtype: torch.dtype, backward: bool) -> tuple[int, int, int, int]:
-    """Rows, columns and depth of a tile of `_many_rows`, and its warps: such that AMD's 64 KiB hold it as well."""
+# Rows, columns, depth and warps of a tile of `_many_rows`, by whether it is for the gradient: such that AMD's 64 KiB
+# hold it as well. Up to 16 rows, up to 64, and above; there the tuner chooses between the last two.
+_TILES = {
+    False: ((16, 32, 128, 4), (64, 64, 64, 4), (128, 128, 64, 8)),
+    True: ((16, 64, 64, 4), (64, 64, 32, 4), (128, 128, 32, 8)),
+}
+# Exact products have no tensor cores. Rows that are no whole chunks take a load a weight: more columns would spill.
+_WIDE_TILE = (16, 64, 32, 4)
+_RAGGED_TILES = {True: (16, 32, 32, 4), False: (64, 32, 32, 4)}  # by whether there are few rows, or float32
+
+
+def _tile(n: int, dtype: torch.dtype, backward: bool, aligned: bool = True) -> tuple[int, int, int, int]:
+    """What a launch of n rows takes, up to the tuner's choice above 64."""
+    if not aligned:
+        return _RAGGED_TILES[n <= 16 or dtype == torch.float32]
     if dtype == torch.float32:
-        return 16, 64, 32, 4  # exact products have no tensor cores
-    if n <= 16:
-        return (16, 64, 64, 4) if backward else (16, 32, 128, 4)
-    if n <= 64:
-        return 64, 64, 64, 4
-    return (128, 128, 32, 8) if backward else (128, 128, 64, 8)
+        return _WIDE_TILE
+    return _TILES[backward][(n > 16) + (n > 64)]
+
+
+def _tuner(backward: bool) -> Any:
+    """The larger tile decodes less often; the smaller leaves room for more programs."""
+    configs = [triton.Config({"M": m, "C": c}, num_warps=warps) for m, c, _, warps in _TILES[backward][:0:-1]]
+    return tuned(configs, ("size", "K", "SHIFT"))(_many_rows)
+
+
+_TUNERS = {backward: _tuner(backward) for backward in (False, True)}
 
 
 def _columns(rows: int, d_out: int) -> tuple[int, int]:
@@ -260,17 +278,23 @@ def _product(
     """Launches `_many_rows` and, where the tiles of y are too few for all multiprocessors, `_reduce`."""
     (n, depth), cols = x.shape, y.shape[1]
     aligned = _aligned(weight[0], d_in)
-    m, c, k, warps = _tile(n if aligned else min(n, 64), x.dtype, backward)  # a load a weight: more would spill
+    m, c, k, warps = _tile(n, x.dtype, backward, aligned)
     programs = triton.cdiv(n, m) * triton.cdiv(cols, c)
     every = triton.cdiv(depth, k)
     splits = min(triton.cdiv(_PROGRAMS, programs), every, _MOST_SPLITS) if 2 * programs <= _PROGRAMS else 1
     steps = triton.cdiv(every, max(splits, 1))
     splits = triton.cdiv(every, steps) if steps else 1
     parts = y if splits <= 1 else torch.empty(splits, n, cols, dtype=torch.float32, device=y.device)
-    _many_rows[(programs, max(splits, 1))](
-        x, *weight, bias if splits <= 1 else None, parts, n, d_in, d_out, x.stride(0), steps, _shift(block_size),
-        aligned, backward, m, c, k, "ieee" if x.dtype == torch.float32 else "tf32", num_warps=warps,
-    )  # fmt: skip
+    args = (x, *weight, bias if splits <= 1 else None, parts, n, d_in, d_out, x.stride(0), steps)
+    args += (shape_class(x, (n > 128) + (n > 512)),)
+    meta: dict[str, Any] = {"SHIFT": _shift(block_size), "ALIGNED": aligned, "BACKWARD": backward, "K": k}
+    meta["PRECISION"] = "ieee" if x.dtype == torch.float32 else "tf32"
+    if (m, c, k, warps) == _TILES[backward][2]:
+        _TUNERS[backward][
+            lambda tile: (triton.cdiv(n, tile["M"]) * triton.cdiv(cols, tile["C"]), max(splits, 1))
+        ](*args, **meta)  # fmt: skip
+    else:
+        _many_rows[(programs, max(splits, 1))](*args, **meta, M=m, C=c, num_warps=warps)
     if splits > 1:
         count = n * cols
         _reduce[(triton.cdiv(count, _REDUCE),)](parts, bias, y, count, cols, splits, _REDUCE)
@@ -299,30 +323,39 @@ def _typed(kind: str, x: str) -> tuple[dict[str, str], dict[str, Any]]:
     return {k: v for k, v in types.items() if k not in absent} | sizes, dict.fromkeys(absent)
 
 
+# `_many_rows` by scales, whether rows are whole chunks, direction, rows and dtype.
+_MANY = [("nested", True, backward, n, "*bf16") for n in (16, 64, 128) for backward in (False, True)]
+_MANY += [("nested", False, backward, n, "*bf16") for n in (16, 64) for backward in (False, True)]
+_MANY += [("plain", True, False, 128, "*bf16"), ("rows", True, False, 16, "*bf16"), ("rows", True, False, 64, "*bf16")]
+_MANY += [("rows", True, False, 128, "*bf16"), ("rows", True, True, 128, "*bf16"), ("rows", False, False, 64, "*bf16")]
+_MANY += [("nested", True, backward, 16, "*fp32") for backward in (False, True)]
+_MANY += [("nested", False, False, 16, "*fp32"), ("nested", True, False, 128, "*fp16")]
+
+
 def variants() -> list[Variant]:
-    """Compilations that launches ask for: each tile in bfloat16 with scales in 8 bits, and where the code differs."""
+    """Every compilation that a launch or the tuner may ask for, up to what does not change what the code does.
+
+    The splits of a sum, its steps and all sizes are arguments. float16 differs by the types of conversions and matrix
+    instructions, block sizes by a shift, plain scales by loads that nested ones have as well.
+    """
     made = []
-    few = [("nested", 1, 4, 128), ("nested", 1, 1, 64), ("nested", 2, 2, 128), ("nested", 4, 2, 128)]
-    for kind, n, r, chunks in [*few, ("plain", 1, 4, 128), ("rows", 1, 4, 128)]:
+    few = [("nested", 1, 4, 128), ("nested", 1, 1, 64), ("nested", 1, 4, 64), ("nested", 1, 1, 128)]
+    few += [("nested", 2, 2, 128), ("nested", 4, 2, 128), ("nested", 2, 2, 64), ("nested", 4, 2, 64)]
+    for kind, n, r, chunks in [*few, ("plain", 1, 4, 128), ("rows", 1, 4, 128), ("rows", 4, 2, 128)]:
         types, absent = _typed(kind, "*bf16")
         consts = absent | {"SHIFT": 1, "N": n, "R": r, "CHUNKS": chunks}
         label = f"few_rows {kind} {n} x {r}, {chunks} threads"
         divisible = [name for name in types if name != "n"]
         made.append(Variant(label, _few_rows, types, consts, chunks // 32, bandwidth_bound=True, divisible=divisible))
-    many = [("nested", True, backward, n, "*bf16") for n in (16, 64, 128) for backward in (False, True)]
-    many += [("nested", False, False, 64, "*bf16"), ("rows", True, False, 128, "*bf16")]
-    for kind, aligned, backward, n, x in [*many, ("nested", True, False, 16, "*fp32")]:
+    for kind, aligned, backward, n, x in _MANY:
         types, absent = _typed(kind, x)
-        m, c, k, warps = _tile(n, torch.float32 if x == "*fp32" else torch.bfloat16, backward)
+        m, c, k, warps = _tile(n, torch.float32 if x == "*fp32" else torch.bfloat16, backward, aligned)
         consts = absent | {"SHIFT": 1, "ALIGNED": aligned, "BACKWARD": backward, "M": m, "C": c, "K": k}
         consts["PRECISION"] = "ieee" if x == "*fp32" else "tf32"
         label = f"many_rows {kind} {x} {m} x {c}{', ragged' * (not aligned)}{', backward' * backward}"
         divisible = [name for name in types if name != "n" and (aligned or not name.startswith("d_"))]
-        made.append(
-            Variant(
-                label, _many_rows, types | {"steps": "i32"}, consts, warps, matrix=x != "*fp32", divisible=divisible
-            )
-        )
+        types |= dict.fromkeys(("steps", "size"), "i32")
+        made.append(Variant(label, _many_rows, types, consts, warps, matrix=x != "*fp32", divisible=divisible))
     types = {
         "parts_ptr": "*fp32",
         "bias_ptr": "*bf16",
