@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         CompacterConfig,
         DVoRAConfig,
         DyLoRAConfig,
+        GaLoreConfig,
         IntrinsicConfig,
         SNELLConfig,
         SoRACallback,
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
         RTNConfig,
         prefer,
     )
+    from hf_efficiency.integrations.transformers.galore import galore
+    from hf_efficiency.optim import GaLoreAdamW
 
 # Public name: the module that defines it. A host that is missing only takes its own names away.
 _EXPORTS = {
@@ -52,6 +55,9 @@ _EXPORTS = {
     "BitFitConfig": "hf_efficiency.integrations.peft",
     "BottleneckConfig": "hf_efficiency.integrations.peft",
     "CompacterConfig": "hf_efficiency.integrations.peft",
+    "GaLoreAdamW": "hf_efficiency.optim",
+    "GaLoreConfig": "hf_efficiency.integrations.peft",
+    "galore": "hf_efficiency.integrations.transformers.galore",
     "IntrinsicConfig": "hf_efficiency.integrations.peft",
     "SNELLConfig": "hf_efficiency.integrations.peft",
     "DVoRAConfig": "hf_efficiency.integrations.peft",
@@ -72,6 +78,8 @@ __all__ = [
     "DVoRAConfig",
     "DyLoRAConfig",
     "GPTQConfig",
+    "GaLoreAdamW",
+    "GaLoreConfig",
     "IntrinsicConfig",
     "NF4Config",
     "QuIPSharpConfig",
@@ -80,6 +88,7 @@ __all__ = [
     "SoRACallback",
     "SoRAConfig",
     "__version__",
+    "galore",
     "load_demo_model",
     "merge_adapters",
     "prefer",

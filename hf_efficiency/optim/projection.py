@@ -16,6 +16,10 @@ _BLOCK = 256  # codes of a quantized projection that share a scale and a minimum
 
 def svd_basis(gradient: Tensor, rank: int) -> Tensor:
     """The first `rank` left singular vectors (GaLore, Algorithm 2), (d, r). A copy: the whole factor is let go."""
+    d, n = gradient.shape
+    if d < n:  # of a tall matrix it is faster
+        _, _, right = torch.linalg.svd(gradient.T, full_matrices=False)
+        return right[:rank].T.clone(memory_format=torch.contiguous_format)
     left, _, _ = torch.linalg.svd(gradient, full_matrices=False)
     return left[:, :rank].clone(memory_format=torch.contiguous_format)
 

@@ -7,6 +7,7 @@ from hf_efficiency.integrations.peft.bottleneck import BottleneckConfig
 from hf_efficiency.integrations.peft.compacter import CompacterConfig
 from hf_efficiency.integrations.peft.dvora import DVoRAConfig
 from hf_efficiency.integrations.peft.dylora import DyLoRAConfig
+from hf_efficiency.integrations.peft.galore import GaLoreConfig
 from hf_efficiency.integrations.peft.intrinsic import IntrinsicConfig
 from hf_efficiency.integrations.peft.register import register
 from hf_efficiency.integrations.peft.snell import SNELLConfig
@@ -20,6 +21,7 @@ __all__ = [
     "CompacterConfig",
     "DVoRAConfig",
     "DyLoRAConfig",
+    "GaLoreConfig",
     "IntrinsicConfig",
     "SNELLConfig",
     "SoRACallback",

@@ -8,6 +8,7 @@ from hf_efficiency.integrations.peft.bottleneck import BottleneckModel
 from hf_efficiency.integrations.peft.compacter import CompacterModel
 from hf_efficiency.integrations.peft.dvora import DVoRAModel
 from hf_efficiency.integrations.peft.dylora import DyLoRAModel
+from hf_efficiency.integrations.peft.galore import GaLoreModel
 from hf_efficiency.integrations.peft.intrinsic import IntrinsicModel
 from hf_efficiency.integrations.peft.snell import SNELLModel
 from hf_efficiency.integrations.peft.sora import SoRAModel
@@ -22,6 +23,7 @@ TUNERS: tuple[Any, ...] = (
     CompacterModel,
     DVoRAModel,
     DyLoRAModel,
+    GaLoreModel,
     IntrinsicModel,
     SNELLModel,
     SoRAModel,

@@ -12,6 +12,7 @@ class EfficiencyPeftType(enum.StrEnum):
     COMPACTER = "COMPACTER"
     DVORA = "DVORA"
     DYLORA = "DYLORA"
+    GALORE = "GALORE"
     INTRINSIC = "INTRINSIC"
     SNELL = "SNELL"
     SORA = "SORA"

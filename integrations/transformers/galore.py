@@ -64,12 +64,11 @@ def galore(
         ValueError: Targets that match nothing, or that are quantized or frozen; a rank above a matrix's; values out of
             range; `args` that do not go with `per_layer`.
     """
-    adapter = getattr(model, "galore_settings", None)  # a model with a GaLoreConfig knows its targets and options
+    adapter = getattr(model, "galore_settings", None)  # a model with a GaLoreConfig knows its options and weights
     if adapter is not None:
         if target_modules is not None or exclude_modules is not None:
             raise ValueError("The model's GaLoreConfig says which weights are trained: leave target_modules out.")
         variant, options = variant or adapter["variant"], {**adapter["options"], **options}
-        target_modules = adapter["target_modules"]
     settings = {
         "target_modules": "all-linear" if target_modules is None else target_modules,
         "exclude_modules": exclude_modules,
@@ -111,10 +110,15 @@ def galore_param_groups(
     """
     from transformers import Trainer
 
-    modules = _matching(model, target_modules, exclude_modules)
+    adapter_weights = getattr(model, "galore_weights", None)
+    if adapter_weights is None:
+        modules = list(_matching(model, target_modules, exclude_modules).values())
+        weights = [module.weight for module in modules]
+    else:
+        weights = adapter_weights()
     if embeddings:
-        modules |= _embeddings(model)
-    projected = {id(module.weight) for module in modules.values()}
+        weights += [module.weight for module in _embeddings(model)]
+    projected = {id(weight) for weight in weights}
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]  # reads the model alone
     groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {
         (low, decay): [] for low in (True, False) for decay in (True, False)
@@ -134,9 +138,11 @@ def _dense(options: dict[str, Any]) -> dict[str, Any]:
     return {"rank": None, "state_bits": options["state_bits"]}
 
 
-def _matching(model: nn.Module, targets: Targets, exclude: Targets | None) -> dict[str, nn.Module]:
+def _matching(model: nn.Module, targets: Targets, exclude: Targets | None) -> dict[str, Any]:
     """The layers whose weights are projected, by name."""
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears: dict[str, Any] = {
+        n: module for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     everything = isinstance(targets, str) and targets == "all-linear"
     if everything:
         chosen = {name: module for name, module in linears.items() if not _in_head(model, module)}
@@ -174,13 +180,11 @@ def _in_head(model: nn.Module, module: nn.Module) -> bool:
     return isinstance(body, nn.Module) and all(inner is not module for inner in body.modules())
 
 
-def _embeddings(model: nn.Module) -> dict[str, nn.Module]:
+def _embeddings(model: nn.Module) -> list[Any]:
     """Token embeddings and output head, where they have a trainable matrix."""
-    found = {}
-    for read in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, read, lambda: None)()
-        if module is not None and _is_dense(module) and module.weight.requires_grad:
-            found[read] = module
+    readers = (getattr(model, name, lambda: None) for name in ("get_input_embeddings", "get_output_embeddings"))
+    modules = [module for module in (read() for read in readers) if module is not None]
+    found = [module for module in modules if _is_dense(module) and module.weight.requires_grad]
     if not found:
         raise ValueError(f"embeddings=True: {type(model).__name__} has no trainable token embeddings.")
     return found
@@ -197,7 +201,7 @@ def _is_dense(module: nn.Module) -> bool:
     return isinstance(weight, nn.Parameter) and weight.is_floating_point()
 
 
-def _no_match(targets: Targets, linears: dict[str, nn.Module]) -> str:
+def _no_match(targets: Targets, linears: Iterable[str]) -> str:
     known = sorted({name.rpartition(".")[2] for name in linears})
     wanted = [targets] if isinstance(targets, str) else list(targets)
     near = sorted({hit for want in wanted for hit in difflib.get_close_matches(want.rpartition(".")[2], known)})
