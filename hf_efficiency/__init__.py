@@ -14,6 +14,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_efficiency.demo import load_demo_model
+    from hf_efficiency.distillation.cache_writer import cache_teacher
+    from hf_efficiency.distillation.student import make_student
+    from hf_efficiency.distillation.teacher_cache import TeacherCache
     from hf_efficiency.integrations.peft import (
         AdaDoRAConfig,
         AdaLoRACallback,
@@ -38,6 +41,8 @@ if TYPE_CHECKING:
         RTNConfig,
         prefer,
     )
+    from hf_efficiency.integrations.transformers.distillation import DistillTrainer
+    from hf_efficiency.integrations.transformers.distillation_config import DistillConfig
     from hf_efficiency.integrations.transformers.galore import galore
     from hf_efficiency.optim import GaLoreAdamW
 
@@ -50,6 +55,11 @@ _EXPORTS = {
     "QuIPSharpConfig": "hf_efficiency.integrations.transformers",
     "prefer": "hf_efficiency.integrations.transformers",
     "load_demo_model": "hf_efficiency.demo",
+    "DistillConfig": "hf_efficiency.integrations.transformers.distillation_config",
+    "DistillTrainer": "hf_efficiency.integrations.transformers.distillation",
+    "TeacherCache": "hf_efficiency.distillation.teacher_cache",
+    "cache_teacher": "hf_efficiency.distillation.cache_writer",
+    "make_student": "hf_efficiency.distillation.student",
     "AdaDoRAConfig": "hf_efficiency.integrations.peft",
     "AdaLoRACallback": "hf_efficiency.integrations.peft",
     "BitFitConfig": "hf_efficiency.integrations.peft",
@@ -76,6 +86,8 @@ __all__ = [
     "BottleneckConfig",
     "CompacterConfig",
     "DVoRAConfig",
+    "DistillConfig",
+    "DistillTrainer",
     "DyLoRAConfig",
     "GPTQConfig",
     "GaLoreAdamW",
@@ -87,9 +99,12 @@ __all__ = [
     "SNELLConfig",
     "SoRACallback",
     "SoRAConfig",
+    "TeacherCache",
     "__version__",
+    "cache_teacher",
     "galore",
     "load_demo_model",
+    "make_student",
     "merge_adapters",
     "prefer",
     "prepare_for_training",
