@@ -67,25 +67,23 @@ def lazy_greedy(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Greedy choice over a symmetric matrix of similarities (n, n) that are not negative."""
     covered = np.zeros(len(sim), np.float32)
-    extra = np.zeros(len(sim)) if quality is None else np.asarray(quality, np.float64)
-    bounds = sim.sum(1, dtype=np.float64) + extra
-    heap = [(-bound, i) for i, bound in enumerate(bounds.tolist())]
+    ones = np.ones_like(covered)
+    extra = [0.0] * len(sim) if quality is None else np.asarray(quality, np.float64).tolist()
+    heap = [(-bound - extra[i], i) for i, bound in enumerate((sim @ ones).tolist())]
     heapq.heapify(heap)
     chosen: list[int] = []
     gains: list[float] = []
     scratch = np.empty_like(covered)
     while len(chosen) < k:
-        bound, i = heap[0]
-        np.subtract(sim[i], covered, out=scratch)
-        np.maximum(scratch, 0, out=scratch)
-        gain = float(scratch.sum()) + float(extra[i])
-        # all others are bounded by the next in the heap; at the first choice every bound is exact
-        following = -min(heap[1:3])[0] if len(heap) > 1 else -np.inf
-        if gain >= following or not chosen:
+        i = heap[0][1]
+        np.maximum(sim[i], covered, out=scratch)
+        np.subtract(scratch, covered, out=scratch)
+        gain = float(scratch @ ones) + extra[i]
+        heapq.heapreplace(heap, (-gain, i))
+        # still on top: the bounds of all others, which their gains cannot exceed, are lower
+        if heap[0][1] == i:
             heapq.heappop(heap)
             chosen.append(i)
             gains.append(gain)
             np.maximum(covered, sim[i], out=covered)
-        else:
-            heapq.heapreplace(heap, (-gain, i))
     return np.array(chosen, np.int64), np.array(gains)

@@ -17,38 +17,34 @@ if TYPE_CHECKING:
 _CANDIDATES = 20
 
 
-def hybrid_choice(
-    scores: Mapping[str, NDArray[np.floating]],
-    weights: Mapping[str, float],
-    k: int,
-    *,
-    features: NDArray[np.float32] | None = None,
-    diversity: float = 0.0,
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """k rows in the order of choice, and the weighted score of all rows, (n,).
-
-    Each score is replaced by its rank over [0, 1]; these are added by weight (a negative weight prefers low scores).
-    With `diversity` λ the choice is by maximal marginal relevance, (1 − λ) · score − λ · the largest cosine with a row
-    that is chosen already (Carbonell and Goldstein 1998).
+def combined(scores: Mapping[str, NDArray[np.floating]], weights: Mapping[str, float]) -> NDArray[np.float64]:
+    """The weighted mean of the scores' ranks over [0, 1], (n,). A negative weight prefers low scores.
 
     Raises:
-        ValueError: a weight without a score, a score without a weight, or `diversity` out of [0, 1) or without features.
+        ValueError: weights and scores that do not match, or no weight that counts.
     """
     if set(scores) != set(weights) or not scores:
         raise ValueError(f"the weights name {sorted(weights)}, the scores {sorted(scores)}: both must be the same.")
-    if not 0 <= diversity < 1:
-        raise ValueError(f"diversity={diversity} must lie in [0, 1).")
     total = sum(abs(weight) for weight in weights.values())
     if not total:
         raise ValueError("all weights are zero: give at least one score a weight.")
-    parts = [weights[name] * ranks(np.asarray(scores[name], np.float64)) for name in scores]
-    joined = np.sum(parts, axis=0) / total
-    if not diversity:
-        return top_k(joined, k), joined
-    if features is None:
-        raise ValueError("diversity needs features of the rows.")
-    rows = top_k(joined, min(len(joined), _CANDIDATES * k))
-    gain, x = joined[rows], features[rows]
+    return np.sum([weights[name] * ranks(np.asarray(scores[name], np.float64)) for name in scores], axis=0) / total
+
+
+def choose_diverse(
+    scores: NDArray[np.floating], k: int, features: NDArray[np.float32], diversity: float
+) -> NDArray[np.int64]:
+    """k rows in the order of choice, by maximal marginal relevance (Carbonell and Goldstein 1998).
+
+    Each has the largest (1 − λ) · score − λ · cosine with the nearest row that is chosen already; λ is `diversity`.
+
+    Raises:
+        ValueError: `diversity` is out of [0, 1).
+    """
+    if not 0 <= diversity < 1:
+        raise ValueError(f"diversity={diversity} must lie in [0, 1).")
+    rows = top_k(scores, min(int((scores > -np.inf).sum()), max(k, _CANDIDATES * k)))
+    gain, x = scores[rows], features[rows]
     closest = np.full(len(rows), -1.0)
     free = np.ones(len(rows), bool)
     chosen = np.empty(k, np.int64)
@@ -57,4 +53,4 @@ def hybrid_choice(
         best = int(np.argmax(np.where(free, value, -np.inf)))
         chosen[step], free[best] = rows[best], False
         closest = np.maximum(closest, x @ x[best])
-    return chosen, joined
+    return chosen

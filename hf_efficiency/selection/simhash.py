@@ -50,7 +50,7 @@ class SimHash:
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
     def clusters(self, batches: Iterable[Sequence[str]]) -> Clusters:
-        """Groups linked by pairs at most `max_distance` bits apart, but for empty texts; 8 bytes a document are held."""
+        """Groups linked by pairs at most `max_distance` bits apart (empty texts stay alone); it holds 8 bytes each."""
         parts = [(self.fingerprints(texts), _with_words(texts)) for texts in batches]
         prints = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, np.uint64)
         filled = np.flatnonzero(np.concatenate([words for _, words in parts])) if parts else np.empty(0, np.int64)

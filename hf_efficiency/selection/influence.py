@@ -1,0 +1,202 @@
+"""Influence as alignment of gradients: which examples move the model as the target does.
+
+- `less`: cosine of the example's gradient with the target's (LESS, Xia et al. 2024, section 3.2, with plain gradients).
+- `trak`: the same through the inverse of the gradients' covariance (TRAK, Park et al. 2023, equation 13).
+- `datainf`: the closed form of DataInf (Kwon et al. 2024, equation 5), layer by layer.
+
+Each is one vector that gradients are multiplied with. The gradient of a linear layer, Σ_t δ_t h_tᵀ, is projected from
+both sides by random matrices (LoGra, Choe et al. 2024): A h and B δ are small, no gradient of full size is made, the
+layers may be quantized, and for LoRA's own two layers this is the gradient of LoRA. Shape legend: b examples, t tokens,
+l layers, f features of a layer, n rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_efficiency.selection.signals import inputs_of, labelled
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+Method = Literal["less", "trak", "datainf"]
+_DAMPING = 0.1  # DataInf's section 4: λ is a tenth of the mean squared gradient
+
+
+@dataclass(frozen=True)
+class GradientFeatures:
+    """Projected gradients of each example's mean loss.
+
+    Attributes:
+        rank: Each side of a layer's gradient is projected to so many dimensions; a layer gives rank² features.
+        max_layers: Linear layers used, evenly spaced over the model; LoRA's own layers alone where there are some.
+        seed: Of the projections.
+    """
+
+    rank: int = 8
+    max_layers: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, value in (("rank", self.rank), ("max_layers", self.max_layers)):
+            if value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+
+    def layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers whose gradients are taken.
+
+        Raises:
+            ValueError: the model has no linear layer but its head.
+        """
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        linear = {name: module for name, module in model.named_modules() if module is not head and _is_linear(module)}
+        adapters = {name: module for name, module in linear.items() if ".lora_A." in name or ".lora_B." in name}
+        # an adapter's wrapper calls its base layer: one of both is enough
+        chosen = adapters or {name: module for name, module in linear.items() if not hasattr(module, "base_layer")}
+        if not chosen:
+            raise ValueError("the model has no linear layer whose gradient could be taken.")
+        names = list(chosen)
+        step = max(1.0, len(names) / self.max_layers)
+        kept = [names[int(i * step)] for i in range(min(len(names), self.max_layers))]
+        return {name: chosen[name] for name in kept}
+
+    def __call__(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """Features (b, l, f) of each example, float32 on the CPU; examples without labels give zeros."""
+        where, labels = labelled(batch)
+        inputs: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
+        layers = self.layers(model)
+        handles = [module.register_forward_hook(_keep(name, inputs, outputs)) for name, module in layers.items()]
+        handles.append(_with_gradient(model))
+        try:
+            with torch.enable_grad():
+                logits = model(**inputs_of(batch)).logits[:, -where.shape[1] - 1 : -1]
+                losses = F.cross_entropy(logits[where].float(), labels[where], reduction="none")
+                share = 1 / where.sum(1, keepdim=True).clamp(min=1).expand_as(where)[where]
+                used = [name for name in layers if name in outputs and outputs[name].ndim == 3]
+                through = [outputs[name] for name in used]
+                deltas = torch.autograd.grad((losses * share).sum(), through, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        features = [
+            self._project(name, inputs[name].detach(), delta)
+            if delta is not None
+            else torch.zeros(len(where), self.rank**2)
+            for name, delta in zip(used, deltas, strict=True)
+        ]
+        if not features:
+            raise ValueError("none of the model's linear layers took part in the forward pass.")
+        return torch.stack(features, 1)
+
+    def _project(self, name: str, h: Tensor, delta: Tensor) -> Tensor:
+        a, b = self._matrix(name, "in", h.shape[-1]), self._matrix(name, "out", delta.shape[-1])
+        left, right = delta.float() @ b.to(delta.device), h.float() @ a.to(h.device)
+        return torch.einsum("bti,btj->bij", left, right).flatten(1).cpu()
+
+    def _matrix(self, name: str, side: str, width: int) -> Tensor:
+        """Normal entries of variance 1 / rank, (width, rank), the same in every call; no wider than the layer."""
+        if width <= self.rank:
+            return F.pad(torch.eye(width), (0, self.rank - width))
+        digest = hashlib.blake2b(f"{self.seed} {side} {name}".encode(), digest_size=7).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+        return torch.randn(width, self.rank, generator=generator) / math.sqrt(self.rank)
+
+
+def direction(method: Method, target: Tensor, sample: Tensor, damping: float = _DAMPING) -> Tensor:
+    """The vector (l, f) whose product with an example's features is its influence: higher helps the target more.
+
+    Args:
+        method: `less`, `trak` or `datainf`.
+        target: Features of the target's examples, (n, l, f).
+        sample: Features of some examples of the pool, (n, l, f), for the curvature.
+        damping: λ relative to the mean squared gradient.
+
+    Raises:
+        ValueError: unknown method, or a gradient is not finite.
+    """
+    for name, tensor in (("target", target), ("pool", sample)):
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"a gradient of the {name} is NaN or infinite: load the model in float32 or bfloat16.")
+    if method == "less":
+        unit = F.normalize(target.flatten(1), dim=1)
+        return unit.mean(0).view(target.shape[1:])
+    mean = target.mean(0)
+    if method == "trak":
+        flat = sample.flatten(1)
+        return _ridge_solve(flat, mean.flatten(), damping).view_as(mean)
+    if method == "datainf":
+        return torch.stack([_datainf(sample[:, i], mean[i], damping) for i in range(len(mean))])
+    raise ValueError(f"method={method!r} is unknown: use 'less', 'trak' or 'datainf'.")
+
+
+def influence(features: Tensor, along: Tensor, *, cosine: bool) -> Tensor:
+    """Products of features (b, l, f) with a direction (l, f), (b,); with `cosine` by features of length one."""
+    flat = features.flatten(1)
+    return (F.normalize(flat, dim=1) if cosine else flat) @ along.flatten()
+
+
+def target_features(
+    gradients: GradientFeatures, model: nn.Module, batches: Iterable[Mapping[str, Any]], limit: int | None = None
+) -> Tensor:
+    """Features (n, l, f) of all examples of some batches, `limit` at most."""
+    parts, count = [], 0
+    for batch in batches:
+        parts.append(gradients(model, batch))
+        count += len(parts[-1])
+        if limit is not None and count >= limit:
+            break
+    return torch.cat(parts)[:limit]
+
+
+def _ridge_solve(x: Tensor, v: Tensor, damping: float) -> Tensor:
+    """(XᵀX/n + λ I)⁻¹ v, through the smaller of the two Gram matrices."""
+    n = len(x)
+    damp = damping * (x * x).sum(1).mean() / min(x.shape)
+    if not damp > 0:
+        return v
+    gram = x @ x.T / n
+    inner = torch.linalg.solve(gram + damp * torch.eye(n), x @ v / n)
+    return (v - x.T @ inner) / damp
+
+
+def _datainf(g: Tensor, v: Tensor, damping: float) -> Tensor:
+    """(1/λ) (v − (1/n) Σ_i (v·g_i) / (λ + ‖g_i‖²) g_i): the mean of the inverses for the inverse of the mean."""
+    squares = (g * g).sum(1)
+    damp = damping * squares.mean() / g.shape[1]
+    if not damp > 0:
+        return torch.zeros_like(v)
+    weights = (g @ v) / (damp + squares)
+    return (v - (weights[:, None] * g).mean(0)) / damp
+
+
+def _is_linear(module: nn.Module) -> bool:
+    # GPT-2's Conv1D names its sizes nx and nf
+    return any(hasattr(module, a) and hasattr(module, b) for a, b in (("in_features", "out_features"), ("nx", "nf")))
+
+
+def _keep(name: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            inputs[name], outputs[name] = args[0], output
+
+    return hook
+
+
+def _with_gradient(model: nn.Module) -> RemovableHandle:
+    """Lets gradients flow through a model whose parameters are all frozen, too."""
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output if output.requires_grad else output.detach().requires_grad_()
+
+    handle: RemovableHandle = embeddings.register_forward_hook(hook)
+    return handle
