@@ -41,7 +41,22 @@ def page() -> str:
                 f"| {case.label} | {case.bytes / 1e6:,.2f} | {case.flops / 1e9:,.2f} | {floor(case) * 1e6:,.2f} "
                 f"| {bound} | {case.goal} |"
             )
+        lines += memory([case for case in cases_of(folder) if case.memory])
     return "\n".join(lines) + "\n"
+
+
+def memory(cases: list[Case]) -> list[str]:
+    """A table of the bytes that are held, for cases where these count; the last column of names is the rival's."""
+    if not cases:
+        return []
+    *names, rival = cases[0].memory
+    lines = ["", "Held beyond inputs and results at the worst moment, MB, and its share of the last column:", ""]
+    lines += ["| case | " + " | ".join([*names, rival]) + " |", "|" + "---|" * (len(names) + 2)]
+    for case in cases:
+        whole = case.memory[rival]
+        parts = [f"{case.memory[name] / 1e6:,.0f} ({case.memory[name] / whole:.1%})" for name in names]
+        lines.append("| " + " | ".join([case.label, *parts, f"{whole / 1e6:,.0f}"]) + " |")
+    return lines
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """What each kernel's `benchmarks/cases.py` describes: a shape, its cost, how to run it and what it competes with."""
 
 import importlib.util
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -27,6 +27,7 @@ class Case:
             always, and what it competes with (`"cuBLAS bf16"`, say).
         tolerance: Largest difference of kernel and reference, relative to the reference's largest magnitude.
         goal: What the project wants of it on an H100, in words; `""` for nothing special.
+        memory: Bytes held beyond inputs and results at the worst moment, by who runs; empty where that is no matter.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Case:
     make: Callable[[torch.device, int], dict[str, Run]]
     tolerance: float = 1e-2
     goal: str = ""
+    memory: Mapping[str, int] = field(default_factory=dict)
 
 
 def cases_of(folder: Path) -> list[Case]:

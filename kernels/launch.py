@@ -103,7 +103,8 @@ def _device_number(device: torch.device) -> int:
 
 def _may_measure() -> bool:
     """False where it is no time to run a kernel again and again: a CUDA graph is captured, or torch.compile traces."""
-    return not torch.cuda.is_current_stream_capturing() and not torch.compiler.is_compiling()
+    captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not captured and not torch.compiler.is_compiling()
 
 
 def tuned(configs: Sequence[Any], key: Sequence[str], **kwargs: Any) -> Callable[[Any], Any]:

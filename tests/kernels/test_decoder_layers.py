@@ -86,3 +86,5 @@ def test_bad_input_is_named():
         rms_norm(torch.zeros(2, 8), torch.zeros(8, device="meta"))
     with pytest.raises(ValueError, match="must be alike"):
         silu_mul(torch.zeros(2, 8), torch.zeros(2, 7))
+    with pytest.raises(ValueError, match="gate lies on cpu and up on meta"):
+        silu_mul(torch.zeros(2, 8), torch.zeros(2, 8, device="meta"))

@@ -70,3 +70,49 @@ def test_layers_use_kernels_on_gpus_only(monkeypatch):
 
 def test_namespaces_follow_the_name_of_the_package():
     assert _launch.namespace("a.b-c") == "a_b_c"
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_nothing_is_measured_while_a_graph_is_captured_or_traced(busy, monkeypatch):
+    """Then the first of the configurations runs; else what `triton.autotune` finds."""
+    triton = pytest.importorskip("triton")
+    monkeypatch.setattr(_launch, "INTERPRETED", False)
+    monkeypatch.setattr(_launch, "_may_measure", lambda: not busy)
+    configs = [triton.Config({"BLOCK": 1}), triton.Config({"BLOCK": 2})]
+    measured = []
+
+    class Tuner:
+        def __init__(self):
+            self.cache = {}
+
+        def check_disk_cache(self, key, configs, measure):
+            measure()
+            self.cache[key] = configs[1]
+
+    monkeypatch.setattr(triton, "autotune", lambda configs, key, **_: lambda function: Tuner())
+    tuner = _launch.tuned(configs, ["size"])(None)
+    tuner.check_disk_cache((1,), configs, lambda: measured.append(1))
+    assert tuner.cache == {(1,): configs[0 if busy else 1]}
+    assert len(measured) == (not busy)
+
+
+def test_measuring_stops_under_compile(monkeypatch):
+    assert _launch._may_measure()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not _launch._may_measure()
+
+
+def test_interpreted_kernels_have_one_configuration():
+    """So that nothing is left to measure."""
+    from hf_efficiency.kernels.lut_linear import kernel as lut
+    from hf_efficiency.kernels.quant_linear import kernel as quant
+
+    for tuner in (quant._tuned_many, quant._tuned_gradient, *lut._TUNERS.values()):
+        assert len(tuner.configs) == 1
+
+
+def test_classes_of_shapes_know_their_device():
+    cpu, meta = torch.zeros(1), torch.zeros(1, device="meta")
+    assert _launch.shape_class(cpu, 2) - _launch.shape_class(cpu, 0) == 2
+    assert _launch.shape_class(cpu, 0) != _launch.shape_class(meta, 0)
+    assert 0 <= _launch.shape_class(cpu, 15) < 1 << 31

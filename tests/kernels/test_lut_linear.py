@@ -171,3 +171,7 @@ def test_bad_rows_are_named():
         row_lut_linear(torch.zeros(1, 10), codes, tables)
     with pytest.raises(ValueError, match=r"tables is torch.float32 of shape \(3, 8\).*\(3, 16\)"):
         row_lut_linear(torch.zeros(1, 8), codes, tables[:, :8])
+    with pytest.raises(ValueError, match="x lies on cpu and tables on meta"):
+        row_lut_linear(torch.zeros(1, 8), codes, tables.to("meta"))
+    with pytest.raises(ValueError, match=r"x is torch.int64: cast it"):
+        row_lut_linear(torch.zeros(1, 8).long(), codes, tables)

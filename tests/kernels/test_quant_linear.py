@@ -272,3 +272,7 @@ def test_bad_input_of_awq_is_named():
         awq_linear(torch.zeros(2, 32), qweight, qzeros, scales, group_size=32)
     with pytest.raises(ValueError, match="x lies on cpu and qzeros on meta"):
         awq_linear(torch.zeros(2, 64), qweight, qzeros.to("meta"), scales, group_size=32)
+    with pytest.raises(ValueError, match=r"scales has 2 groups, d_in=64 in groups of group_size=16 makes 4"):
+        awq_linear(torch.zeros(2, 64), qweight, qzeros, scales, group_size=16)
+    with pytest.raises(ValueError, match=r"x is torch.int64: cast it"):
+        awq_linear(torch.zeros(2, 64).long(), qweight, qzeros, scales, group_size=32)

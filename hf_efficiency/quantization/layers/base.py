@@ -3,14 +3,14 @@
 Shape legend: n rows of activations, d_in input features, d_out output features.
 """
 
-import os
 from abc import abstractmethod
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from hf_efficiency.kernels.decoder_layers._launch import enabled
 
 # A dense block of this many elements is what the blocked forward holds at most beside the packed weight.
 BLOCK_ELEMENTS = 1 << 24
@@ -20,9 +20,7 @@ TensorSpec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def default_kernel_devices() -> frozenset[str]:
     """Types of devices where Triton kernels multiply: GPUs; none where the environment says so or Triton is missing."""
-    if os.environ.get("HF_EFFICIENCY_KERNELS", "").lower() == "reference" or find_spec("triton") is None:
-        return frozenset()
-    return frozenset({"cuda"})
+    return frozenset({"cuda"} if enabled() else ())
 
 
 class _RecomputedLinear(torch.autograd.Function):

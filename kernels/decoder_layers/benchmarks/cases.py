@@ -1,5 +1,7 @@
 """Shapes of common models. See `benchmarks/kernel_case.py`."""
 
+from functools import partial
+
 import torch
 from kernel_case import Case, Run
 from torch.nn import functional as F
@@ -22,7 +24,7 @@ def _norm(n: int, d: int) -> Case:
         w = torch.randn(d, device=device, dtype=torch.bfloat16)
         return {
             "kernel": lambda: rms_norm(x, w, 1e-6),
-            "reference": lambda: reference.rms_norm(x, w, 1e-6),
+            "reference": partial(reference.rms_norm, x, w, 1e-6),
             "torch": lambda: F.rms_norm(x, (d,), w, 1e-6),
         }
 
@@ -35,7 +37,7 @@ def _gate(n: int, d: int) -> Case:
         gate, up = (torch.randn(n, d, device=device, dtype=torch.bfloat16) for _ in range(2))
         return {
             "kernel": lambda: silu_mul(gate, up),
-            "reference": lambda: reference.silu_mul(gate, up),
+            "reference": partial(reference.silu_mul, gate, up),
             "torch": lambda: F.silu(gate) * up,
         }
 

@@ -4,7 +4,7 @@ import torch
 from kernel_case import Case, Run
 from torch import Tensor
 
-from hf_efficiency.kernels.distill_loss import distill_loss, reference
+from hf_efficiency.kernels.distill_loss import chunked, distill_loss, reference
 
 _HALF = 2  # bytes of a bfloat16
 _ROWS = 4096
@@ -53,7 +53,20 @@ def _case(vocab: int, d: int, kind: str, trains_head: bool) -> Case:
     products = 8 if trains_head else 6
     moved = (3 * _ROWS * d + (3 if trains_head else 2) * vocab * d) * _HALF
     label = f"{kind} {_ROWS} x {d}, V {vocab}{'' if trains_head else ', frozen head'}"
-    return Case(label, moved, products * _ROWS * vocab * d, make, goal=_GOAL)
+    memory = _memory(vocab, d, trains_head)
+    return Case(label, moved, products * _ROWS * vocab * d, make, goal=_GOAL, memory=memory)
+
+
+def _memory(vocab: int, d: int, trains_head: bool) -> dict[str, int]:
+    """Bytes held beyond inputs and gradients.
+
+    Ours: a chunk's logits of both models, or, later, the head's gradient once more while the backward pass scales it.
+    The plain loss: at least five float32 tensors of all logits in its forward pass, log-probabilities of both, their
+    difference, an exponential, and the product.
+    """
+    logits = 2 * chunked.rows_of_chunk(_ROWS, vocab, True, trains_head) * vocab * _HALF
+    kept = max(logits, vocab * d * _HALF if trains_head else _ROWS * d * _HALF)
+    return {"gradients kept": kept, "gradients recomputed": logits, "plain loss": 5 * _ROWS * vocab * 4}
 
 
 def _plain(x: Tensor, w: Tensor, y: Tensor, u: Tensor, kind: str) -> Tensor:

@@ -1,13 +1,14 @@
 """Decode and prefill of common models. See `benchmarks/kernel_case.py`."""
 
+from functools import cache, partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from kernel_case import Case, Run
 from torch import Tensor
 
 from hf_efficiency.kernels.lut_linear import lut_linear, op, reference, row_lut_linear
-from hf_efficiency.quantization.nf4 import double_quantize, dynamic_map, nf4_table, quantize_nf4
 
 _BLOCK = 64
 _SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096), (8192, 28672))  # d_out, d_in
@@ -21,14 +22,19 @@ def cases() -> list[Case]:
 
 
 def _weight(d_out: int, d_in: int, nested: bool, device: torch.device) -> tuple[list[Tensor | None], Tensor]:
-    weight = torch.randn(d_out, d_in, device=device) / d_in**0.5
-    packed, absmax = quantize_nf4(weight, _BLOCK)
-    table = nf4_table().to(device)
-    dense = weight.bfloat16()
-    if not nested:
-        return [packed, table, absmax, None, None, None], dense
-    codes, scales, offset = double_quantize(absmax)
-    return [packed, table, codes, dynamic_map().to(device), scales, offset], dense
+    """Random codes, a table like NF4's and scales like those of normal weights; and what they stand for."""
+    blocks = d_out * d_in // _BLOCK
+    packed = torch.randint(0, 256, (d_out * d_in // 2,), device=device, dtype=torch.uint8)
+    table = torch.linspace(-1, 1, 16, device=device)
+    weight: list[Tensor | None]
+    if nested:
+        codes = torch.randint(0, 256, (blocks,), device=device, dtype=torch.uint8)
+        scales = torch.rand(-(-blocks // reference.NESTED_BLOCK), device=device) / d_in**0.5
+        weight = [packed, table, codes, torch.linspace(-1, 1, 256, device=device), scales]
+        weight.append(torch.tensor(2 / d_in**0.5, device=device))
+    else:
+        weight = [packed, table, torch.rand(blocks, device=device) / d_in**0.5, None, None, None]
+    return weight, reference.dense(*weight, d_out, d_in, _BLOCK).bfloat16()  # type: ignore[arg-type]
 
 
 def _bytes(n: int, d_out: int, d_in: int, nested: bool) -> int:
@@ -46,7 +52,7 @@ def _product(n: int, d_out: int, d_in: int, nested: bool) -> Case:
         settings = dict(zip(names, scales, strict=True))
         runs: dict[str, Run] = {
             "kernel": lambda: lut_linear(x, packed, table, absmax, out_features=d_out, block_size=_BLOCK, **settings),
-            "reference": lambda: reference.linear(x, *weight, None, d_out, _BLOCK),
+            "reference": partial(reference.linear, x, *weight, None, d_out, _BLOCK),
             "cuBLAS bf16": lambda: x @ dense.T,
         }
         if find_spec("bitsandbytes") is not None and device.type == "cuda":
@@ -59,11 +65,23 @@ def _product(n: int, d_out: int, d_in: int, nested: bool) -> Case:
 
 
 def _bitsandbytes(x: Tensor, dense: Tensor, nested: bool) -> Run:
-    import bitsandbytes
-    from bitsandbytes.functional import quantize_4bit
+    """Quantizes in its first run, so that a bitsandbytes that does not work here fails alone."""
 
-    packed, state = quantize_4bit(dense, blocksize=_BLOCK, compress_statistics=nested, quant_type="nf4")
-    return lambda: bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+    @cache
+    def quantized() -> tuple[Any, Any]:
+        from bitsandbytes.functional import quantize_4bit
+
+        packed, state = quantize_4bit(dense, blocksize=_BLOCK, compress_statistics=nested, quant_type="nf4")
+        return packed.t(), state
+
+    def run() -> Tensor:
+        import bitsandbytes
+
+        packed, state = quantized()
+        y: Tensor = bitsandbytes.matmul_4bit(x, packed, quant_state=state)
+        return y
+
+    return run
 
 
 def _backward(n: int, d_out: int, d_in: int) -> Case:
@@ -73,7 +91,7 @@ def _backward(n: int, d_out: int, d_in: int) -> Case:
         grad = torch.randn(n, d_out, device=device, dtype=torch.bfloat16)
         return {
             "kernel": lambda: op._linear_backward(grad, *weight, d_in, _BLOCK),
-            "reference": lambda: reference.linear_backward(grad, *weight, d_in, _BLOCK),
+            "reference": partial(reference.linear_backward, grad, *weight, d_in, _BLOCK),
             "cuBLAS bf16": lambda: grad @ dense,
         }
 
@@ -90,7 +108,7 @@ def _rows(n: int, d_out: int, d_in: int) -> Case:
         dense = reference.dense(packed, tables, *none, d_out, d_in, 32).bfloat16()
         return {
             "kernel": lambda: row_lut_linear(x, packed, tables),
-            "reference": lambda: reference.linear(x, packed, tables, *none, None, d_out, 32),
+            "reference": partial(reference.linear, x, packed, tables, *none, None, d_out, 32),
             "cuBLAS bf16": lambda: x @ dense.T,
         }
 

@@ -1,5 +1,7 @@
 """Five drafted tokens, two vocabularies. See `benchmarks/kernel_case.py`."""
 
+from functools import partial
+
 import torch
 from kernel_case import Case, Run
 from torch import Tensor
@@ -55,7 +57,7 @@ def _chain(b: int, v: int) -> Case:
         q, p = torch.softmax(draft, -1), torch.softmax(target, -1)
         return {
             "kernel": lambda: verify_chain(tokens, q, p, uniforms),
-            "reference": lambda: reference.verify_chain(tokens, q, p, uniforms, None),
+            "reference": partial(reference.verify_chain, tokens, q, p, uniforms, None),
             "torch": lambda: eager_chain(tokens, q, p, uniforms),
         }
 
@@ -73,7 +75,7 @@ def _logits(b: int, v: int) -> Case:
 
         return {
             "kernel": lambda: verify_chain_logits(tokens, draft, target, uniforms),
-            "reference": lambda: reference.verify_chain_logits(tokens, draft, target, uniforms, None, 1.0),
+            "reference": partial(reference.verify_chain_logits, tokens, draft, target, uniforms, None, 1.0),
             "torch": eager,
         }
 
@@ -93,7 +95,7 @@ def _greedy(b: int, v: int) -> Case:
 
         return {
             "kernel": lambda: verify_chain_greedy(tokens, target),
-            "reference": lambda: reference.verify_chain_greedy(tokens, target, None),
+            "reference": partial(reference.verify_chain_greedy, tokens, target, None),
             "torch": eager,
         }
 
@@ -113,7 +115,7 @@ def _tree(b: int, v: int) -> Case:
         uniforms[:, :n] = 1  # the children of the root are refused, mostly: three passes over two rows
         return {
             "kernel": lambda: verify_tree(tokens, parents, q, p, uniforms),
-            "reference": lambda: reference.verify_tree(tokens, parents, q, p, uniforms, None, True, n),
+            "reference": partial(reference.verify_tree, tokens, parents, q, p, uniforms, None, True, n),
         }
 
     return Case(f"tree {b} x {n}, {v} tokens", 2 * 4 * b * v, 6 * b * v, make)

@@ -1,5 +1,7 @@
 """The Triton code. Imported on the first launch only.
 
+Nothing is tuned: a width sets the block and its warps (`_warps`), and no other reads a row once.
+
 Shape legend: n rows, d features; a program takes whole rows, or a block of elements.
 """
 

@@ -7,6 +7,9 @@ KL) or three times (JSD) and writes the gradient over the student's: 10 or 14 by
 without gradient. Beside it the matrix products of the same chunk do 4 d_s + 2 d_t operations or more an entry, which on
 an H100 take 4 to 10 times as long. Programs are as many as rows; where these are fewer than multiprocessors, reading
 the heads takes far longer than this kernel.
+
+There is one configuration: the loop over V is the same for all shapes, and the matrix products beside it
+hide what another block could gain.
 """
 
 from typing import Any

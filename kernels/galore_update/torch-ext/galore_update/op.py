@@ -227,8 +227,30 @@ def _as_tensor(lr: float | Tensor) -> Tensor:
     return lr
 
 
-# Adam's step and the weight's are two calls of `run`: each writes in place in its last launch only, so that the
-# reference can take over from a kernel that does not compile without doing anything twice.
+def _update_(
+    function: str,
+    weight: Tensor,
+    grad: Tensor,
+    projection: Tensor,
+    states: tuple[Tensor, ...],
+    step: int,
+    lr: Tensor,
+    numbers: tuple[float, float, float],
+    weight_decay: float,
+    scale: float,
+    right: bool,
+) -> None:
+    """Adam's step, by `function`, and the weight's; `numbers`: both betas and epsilon.
+
+    They are two calls of `run`: each writes in place in its last launch only, so that the reference can take over from
+    a kernel that does not compile without doing anything twice.
+    """
+    rate = lr.item()  # on the CPU: waits for nothing
+    corrections = 1 - numbers[0] ** step, 1 - numbers[1] ** step
+    n = run(__package__, function, grad, projection, *states, *numbers, *corrections, right)
+    run(__package__, "apply_step_", weight, projection, n, 1 - rate * weight_decay, rate * scale, right)
+
+
 @torch.library.custom_op(f"{_NAMESPACE}::galore_update_", mutates_args=("weight", "exp_avg", "exp_avg_sq"))
 def _galore_update_(
     weight: Tensor,
@@ -245,12 +267,8 @@ def _galore_update_(
     scale: float,
     right: bool,
 ) -> None:
-    rate = lr.item()  # on the CPU: waits for nothing
-    corrections = 1 - beta1**step, 1 - beta2**step
-    n = run(
-        __package__, "low_rank_step", grad, projection, exp_avg, exp_avg_sq, beta1, beta2, eps, *corrections, right
-    )  # fmt: skip
-    run(__package__, "apply_step_", weight, projection, n, 1 - rate * weight_decay, rate * scale, right)
+    states, numbers = (exp_avg, exp_avg_sq), (beta1, beta2, eps)
+    _update_("low_rank_step", weight, grad, projection, states, step, lr, numbers, weight_decay, scale, right)
 
 
 @_galore_update_.register_fake
@@ -279,11 +297,8 @@ def _galore_update_8bit_(
     scale: float,
     right: bool,
 ) -> None:
-    states = exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax
-    rate = lr.item()  # on the CPU: waits for nothing
-    corrections = 1 - beta1**step, 1 - beta2**step
-    n = run(__package__, "low_rank_step_8bit", grad, projection, *states, beta1, beta2, eps, *corrections, right)
-    run(__package__, "apply_step_", weight, projection, n, 1 - rate * weight_decay, rate * scale, right)
+    states, numbers = (exp_avg, exp_avg_absmax, exp_avg_sq, exp_avg_sq_absmax), (beta1, beta2, eps)
+    _update_("low_rank_step_8bit", weight, grad, projection, states, step, lr, numbers, weight_decay, scale, right)
 
 
 @_galore_update_8bit_.register_fake

@@ -6,6 +6,9 @@ Keys and values are the left operands of the matrix products, tokens and channel
 side of the tensor cores is filled and the few rows of queries, padded to 16, are the short one. A second kernel joins
 the ranges in a fixed order: results are deterministic.
 
+Nothing is tuned: shared memory sets the blocks (`_blocks`), the count of multiprocessors the ranges (`_shared_out`).
+A cache grows with each token, and results must not depend on what was measured at some length.
+
 Logits are in base 2. Rows: head in the group * t + query token.
 Shape legend: b batch, h query heads, k key-value heads, t query tokens, n cached tokens, d head size.
 """

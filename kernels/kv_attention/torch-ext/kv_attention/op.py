@@ -4,6 +4,8 @@ Shape legend: b batch, h query heads, k key-value heads, t query tokens, n cache
 size.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -100,6 +102,25 @@ def quantized_decode_attention(
         ValueError: Shapes, dtypes, devices, bits or group sizes that don't match.
     """
     kv_heads, n, d = _check_quantized(query, keys, values)
+    residual_key, residual_value = _residual(query, kv_heads, d, residual_key, residual_value)
+    _check_rest(query, kv_heads, n + residual_key.shape[2], mask, sinks, is_causal)
+    scale, cap = _numbers(query, scale, softcap)
+    if n == 0:
+        output, sums = _decode_attention(
+            query, residual_key, residual_value, mask, sinks, scale, cap, is_causal, with_sums
+        )
+    else:
+        output, sums = _quantized_decode_attention(
+            query, *keys[:2], *values[:2], residual_key, residual_value, mask, sinks, keys.bits, values.bits,
+            scale, cap, is_causal, with_sums,
+        )  # fmt: skip
+    return output.transpose(1, 2), sums if with_sums else None
+
+
+def _residual(
+    query: Tensor, kv_heads: int, d: int, residual_key: Tensor | None, residual_value: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The dense tokens, of which there may be none, or a ValueError."""
     if (residual_key is None) != (residual_value is None):
         given = "residual_value" if residual_key is None else "residual_key"
         raise ValueError(f"{given} is given alone: give residual_key and residual_value, or neither.")
@@ -114,18 +135,7 @@ def quantized_decode_attention(
         _check_cache(query, name, x)
     if residual_key.shape[1] != kv_heads:
         raise ValueError(f"residual_key has {residual_key.shape[1]} heads, the quantized cache {kv_heads}.")
-    _check_rest(query, kv_heads, n + residual_key.shape[2], mask, sinks, is_causal)
-    scale, cap = _numbers(query, scale, softcap)
-    if n == 0:
-        output, sums = _decode_attention(
-            query, residual_key, residual_value, mask, sinks, scale, cap, is_causal, with_sums
-        )
-    else:
-        output, sums = _quantized_decode_attention(
-            query, *keys[:2], *values[:2], residual_key, residual_value, mask, sinks, keys.bits, values.bits,
-            scale, cap, is_causal, with_sums,
-        )  # fmt: skip
-    return output.transpose(1, 2), sums if with_sums else None
+    return residual_key, residual_value
 
 
 def _numbers(query: Tensor, scale: float | None, softcap: float | None) -> tuple[float, float]:
@@ -238,18 +248,8 @@ def _decode_attention(
 
 
 @_decode_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    is_causal: bool,
-    with_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake(query, key.shape[1], key.shape[2], with_sums)
+def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _fake(query, key.shape[1], key.shape[2], rest[-1])
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::quantized_decode_attention", mutates_args=())
@@ -279,23 +279,10 @@ def _quantized_decode_attention(
 
 @_quantized_decode_attention.register_fake
 def _(
-    query: Tensor,
-    key_codes: Tensor,
-    key_ranges: Tensor,
-    value_codes: Tensor,
-    value_ranges: Tensor,
-    residual_key: Tensor,
-    residual_value: Tensor,
-    mask: Tensor | None,
-    sinks: Tensor | None,
-    key_bits: int,
-    value_bits: int,
-    scale: float,
-    softcap: float,
-    is_causal: bool,
-    with_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    return _fake(query, key_codes.shape[1], value_codes.shape[2] + residual_key.shape[2], with_sums)
+    query: Tensor, key_codes: Tensor, key_ranges: Tensor, value_codes: Tensor, value_ranges: Tensor,
+    residual_key: Tensor, *rest: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _fake(query, key_codes.shape[1], value_codes.shape[2] + residual_key.shape[2], rest[-1])
 
 
 def _fake(query: Tensor, kv_heads: int, n: int, with_sums: bool) -> tuple[Tensor, Tensor]:

@@ -168,7 +168,8 @@ def _reduce(parts_ptr, bias_ptr, y_ptr, count, cols, splits, BLOCK: tl.constexpr
     tl.store(y_ptr + at, total, mask)
 
 
-# Rows, columns, depth and warps of a tile of `_many_rows`, by whether it is for the gradient: such that AMD's 64 KiB
+# Few rows: one configuration, as many loads in flight as registers allow. For more rows:
+# rows, columns, depth and warps of a tile of `_many_rows`, by whether it is for the gradient: such that AMD's 64 KiB
 # hold it as well. Up to 16 rows, up to 64, and above; there the tuner chooses between the last two.
 _TILES = {
     False: ((16, 32, 128, 4), (64, 64, 64, 4), (128, 128, 64, 8)),

@@ -83,21 +83,18 @@ def _codes(
 @triton.jit
 def weights(
     q_ptr, z_ptr, s_ptr, g_ptr, k0, n0, d_in, d_out, width, group_size,
-    BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr, UNIFORM: tl.constexpr,
+    BITS: tl.constexpr, OFFSET: tl.constexpr, AWQ: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """A tile of the weight (BLOCK_K, BLOCK_N), float32; zero outside. UNIFORM: its columns lie in one group."""
+    """A tile of the weight (BLOCK_K, BLOCK_N), float32; zero outside. Without an index its columns lie in one group."""
     code = exact(_codes(q_ptr, k0, n0, d_in, width, BITS, AWQ, BLOCK_K, BLOCK_N))
     n = (n0 + tl.arange(0, BLOCK_N))[None, :]
-    if UNIFORM:
+    if g_ptr is None:
         group = k0 // group_size
         mask = n < d_out
     else:
         k = k0 + tl.arange(0, BLOCK_K)
-        if g_ptr is None:
-            group = (k // group_size)[:, None]
-        else:
-            group = tl.load(g_ptr + k, k < d_in, 0)[:, None]
+        group = tl.load(g_ptr + k, k < d_in, 0)[:, None]
         mask = (k < d_in)[:, None] & (n < d_out)
     zero = exact(zero_points(z_ptr, group, n, mask, d_out, BITS, OFFSET, AWQ))
     return (code - zero) * tl.load(s_ptr + group * d_out + n, mask, 0.0).to(tl.float32)

@@ -50,7 +50,7 @@ def _biased(part, INDEX: tl.constexpr, BITS: tl.constexpr, SHARED: tl.constexpr)
 @triton.jit
 def _gptq_words(q_ptr, first, n, inside, end, d_out, SPAN: tl.constexpr, BITS: tl.constexpr):
     """The words of SPAN columns from `first` (lanes, 1) on, in order, each (lanes, outputs); zero from `end` on."""
-    at = q_ptr + (first // 32 * BITS).to(tl.int64) * d_out + n
+    at = q_ptr + (first * BITS // 32).to(tl.int64) * d_out + n
     words = ()
     for i in tl.static_range(SPAN * BITS // 32):
         # d_in ends where a word ends, or a block of three

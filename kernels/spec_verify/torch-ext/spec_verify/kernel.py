@@ -52,7 +52,10 @@ def _whole(v: int) -> _Plan:
 
 
 def _plan(b: int, v: int) -> _Plan:
-    """Short parts while one wave of programs holds them all, else longer ones; one program where those suffice."""
+    """Short parts while one wave of programs holds them all, else longer ones; one program where those suffice.
+
+    A rule and no autotuner: sums must not depend on what was measured, or the same uniforms would draw other tokens.
+    """
     if v <= 8192 or b >= 2 * _MULTIPROCESSORS:
         return _whole(v)
     columns, warps = (1024, 4) if b * triton.cdiv(v, 1024) <= 16 * _MULTIPROCESSORS else (4096, 8)
