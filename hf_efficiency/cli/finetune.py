@@ -9,6 +9,7 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         if training.is_main() and job.checkpoint is None:
             training.note_settings(args, job.settings)
         trainer.accelerator.wait_for_everyone()
-        with model.disable_adapter():
+        # GaLore's adapter is the weights themselves, which are still the base's.
+        with nullcontext() if args.peft == "galore" else model.disable_adapter():
             before, tokens = training.held_out_loss(trainer, args.eval_rows)
         trainable, total = adapter.parameters(model)
         start = time.perf_counter()
@@ -115,6 +117,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
     quantization, config = adapter.quantization_config(args), adapter.peft_config(args)
     packing, checkpointing = adapter.packs(args, config), adapter.checkpoints(args, config)
     data = read_data(args.data, args.eval_data)
+    args.optimizer = adapter.optimizer_name(args)
     training.check_optimizer(args.optimizer, device)
     settings = {name: value for name, value in vars(args).items() if name not in _FREE}
     settings["data"] = data.description

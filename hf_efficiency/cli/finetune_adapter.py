@@ -107,7 +107,7 @@ def _type_named(name: str) -> tuple[Any, dict[str, Any]]:
         mapping = importlib.import_module("peft.mapping")
     except ImportError as error:
         raise ImportError("finetune needs PEFT and TRL: pip install 'hf_efficiency[peft,trl]'") from error
-    hf_efficiency.merge_adapters  # noqa: B018  # enters our types into PEFT's tables
+    importlib.import_module("hf_efficiency.integrations.peft")  # enters our types into PEFT's tables
     kind, extra = _VARIANTS.get(name, (name, {}))
     types = {str(key.value).lower(): config for key, config in mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     kind = kind.replace("-", "_")
@@ -148,6 +148,17 @@ def packs(args: argparse.Namespace, config: PeftConfig) -> bool:
     if args.packing and config.is_prompt_learning:
         raise ValueError(f"--packing: {args.peft} puts its tokens before each sequence, not before each row in it")
     return not config.is_prompt_learning if args.packing is None else bool(args.packing)
+
+
+def optimizer_name(args: argparse.Namespace) -> str:
+    """The optimizer that `--optimizer` names.
+
+    Raises:
+        ValueError: It was named, and the type brings its own.
+    """
+    if args.peft == "galore" and args.optimizer is not None:
+        raise ValueError(f"--optimizer {args.optimizer}: the type galore brings its own (--set variant=galore-8bit)")
+    return args.optimizer or "adamw"
 
 
 def callbacks(args: argparse.Namespace) -> list[TrainerCallback]:

@@ -166,6 +166,7 @@ def build_trainer(
         eval_dataset=Dataset.from_list(held_out),
         processing_class=tokenizer,
         callbacks=[*callbacks, Progress()],
+        optimizer_cls_and_kwargs=_galore(model, config),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -174,6 +175,15 @@ def build_trainer(
             raise ValueError(f"no row of the {name} is left: after {args.seq_len} tokens (--seq-len) none has a token "
                              "to learn")  # fmt: skip
     return trainer
+
+
+def _galore(model: PeftModel, config: Any) -> Any:
+    """The optimizer of a model with a GaLoreConfig; None for others, whose optimizer the Trainer makes."""
+    if not hasattr(model, "galore_settings"):
+        return None
+    from hf_efficiency.integrations.transformers.galore import galore
+
+    return galore(model, args=config)
 
 
 def _rows(

@@ -99,7 +99,9 @@ def test_trains_saves_and_reports(tune, tiny_llama_dir, capsys, texts):
 @pytest.mark.parametrize(
     ("kind", "more"),
     [
+        ("lora", ["--dtype", "bfloat16", "--quantize", "rtn"]),
         ("vera", ["--r", 8]),
+        ("galore", ["--r", 8, "--set", "update_proj_gap=3"]),
         ("dora", ["--targets", "q_proj,v_proj"]),
         ("ia3", []),
         ("prefix", ["--set", "num_virtual_tokens=4"]),
@@ -225,6 +227,15 @@ def test_two_processes_have_the_losses_of_one(tune, tiny_llama_dir, files, tmp_p
     assert two["losses"] == pytest.approx(one, rel=1e-5)
 
 
+def test_rounds_of_small_batches_are_one_batch(tune):
+    """Rows of different lengths: a mean over tokens, not over rounds."""
+    argv = ["--max-steps", 3, "--no-packing"]
+    losses = [
+        report_of(tune(*argv, "--micro-batch", size, data="pairs.jsonl", out=f"of{size}"))["losses"] for size in (4, 1)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_eight_bit_optimizer(tune):
     report = report_of(tune("--optimizer", "adamw-8bit", "--max-steps", 2, "--r", 64))
     assert report["optimizer_bytes"] < 3 * report["trainable_parameters"]
@@ -253,6 +264,7 @@ def test_eight_bit_optimizer(tune):
         (["--seq-len", "0"], "--seq-len 0: it must be at least 1"),
         (["--learning-rate", "0"], "must be above 0"),
         (["--optimizer", "paged-adamw-8bit"], "paging moves states off a GPU"),
+        (["--peft", "galore", "--optimizer", "adamw"], "the type galore brings its own"),
         (["--chat-template", "x"], "the data hold no messages"),
         (["--eval-data", "chat.jsonl"], "holds chat rows, --data "),
     ],

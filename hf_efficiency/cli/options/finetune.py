@@ -64,7 +64,8 @@ def _training(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--warmup-steps", type=int, default=0, metavar="N")
     group.add_argument("--weight-decay", type=float, default=0.0, metavar="X")
     group.add_argument("--max-grad-norm", type=float, default=1.0, metavar="X")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="(default: adamw; the type galore "
+                       "brings its own)")  # fmt: skip
     group.add_argument("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None,
                        help="recompute activations in the backward pass (default: if the type can)")  # fmt: skip
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of the base and the "

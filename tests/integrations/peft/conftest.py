@@ -22,7 +22,7 @@ def base_dir(tmp_path_factory, base_tokens, our_loaders):
     """Folder of the tiny Llama quantized by a method of `tests.methods`; "dense" for none. Read only."""
 
     @cache
-    def build(method, dtype="float32", tied=False):
+    def build(method, dtype, tied):
         path = tmp_path_factory.mktemp(method)
         model = tiny.build_llama(tie_word_embeddings=tied)
         model.to(getattr(torch, dtype)).save_pretrained(path / "dense")
@@ -32,7 +32,7 @@ def base_dir(tmp_path_factory, base_tokens, our_loaders):
         AutoModelForCausalLM.from_pretrained(path / "dense", quantization_config=config).save_pretrained(path)
         return path
 
-    return build
+    return lambda method, dtype="float32", tied=False: build(method, dtype, tied)
 
 
 @pytest.fixture(scope="module")
