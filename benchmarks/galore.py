@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 RANK = 64
 # name: (label, arguments of `galore`)
@@ -32,7 +34,7 @@ ROWS = {
 }
 
 
-def build(row, model, args):
+def build(row: str, model: Any, args: argparse.Namespace) -> Any:
     """The optimizer of a row."""
     import torch
 
@@ -49,14 +51,14 @@ def build(row, model, args):
         groups = galore_param_groups(model, options={"rank": RANK, "state_bits": options.state_bits})
         low, *rest = [[p for _, p in group["params"]] for group in groups]
         return Peer(
-            [{"params": low, **common, "proj_type": "std"}, {"params": sum(rest, [])}],
+            [{"params": low, **common, "proj_type": "std"}, {"params": list(chain(*rest))}],
             lr=args.lr, eps=1e-8, no_deprecation_warning=True,
         )  # fmt: skip
     factory, settings = galore(model, lr=args.lr, **{**common, **ROWS[row][1]})
     return factory()(model, **settings)
 
 
-def peak_megabytes(reset=False):
+def peak_megabytes(reset: bool = False) -> float:
     """Of resident memory since the last reset."""
     if reset:
         Path("/proc/self/clear_refs").write_text("5")
@@ -64,7 +66,7 @@ def peak_megabytes(reset=False):
     return int(line.split()[1]) / 1024
 
 
-def measure(row, args):
+def measure(row: str, args: argparse.Namespace) -> dict[str, Any]:
     """Trains one row; a dict of what was measured."""
     import torch
 
@@ -82,7 +84,7 @@ def measure(row, args):
     model.config.use_cache = False
 
     @torch.no_grad()
-    def perplexity():
+    def perplexity() -> float:
         model.eval()
         losses = [model(x, labels=x).loss.item() for x in windows]
         model.train()
@@ -118,18 +120,19 @@ def measure(row, args):
     }
 
 
-def page(results, args):
+def page(results: dict[str, dict[str, Any]], args: list[tuple[str, Any]]) -> str:
     """The results as Markdown."""
     base = results.get("galore-torch", {}).get("losses")
     any_row = next(iter(results.values()))
     command = " ".join(["PYTHONPATH=. python benchmarks/galore.py", *(f"--{n} {v}" for n, v in args)])
     lines = [
         "# GaLore on SmolLM2-135M", "", f"Command: `{command}`", "",
-        f"Machine: {platform.machine()}, {cpu_name()}, one thread; float32. Rank {RANK}. CPU seconds: another process "
-        "may have shared the core's caches. MiB. Perplexity on held-out text of the same file before training: "
-        f"{any_row['before']:.2f}. The loss is the mean of the last five steps; its difference is that to galore-torch, "
-        "and the largest of any step.", "",
-        "| row | loss | to galore-torch, % | held-out perplexity | step, s | first, s | refresh, s | held | by formula | peak |",
+        f"Machine: {platform.machine()}, {cpu_name()}, one thread, other work beside it; float32, rank {RANK}. Seconds "
+        "of `optimizer.step()` are CPU seconds; sizes are MiB; the peak is of the whole process while it trains. The "
+        "loss is the mean of the last five steps; then its distance to galore-torch's, and the largest distance of any "
+        f"step. The held-out end of the file had perplexity {any_row['before']:.2f} before training.", "",
+        "| row | loss | to galore-torch, % | held-out perplexity | step, s | first, s | refresh, s | held | formula "
+        "| peak |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]  # fmt: skip
     for name, r in results.items():
@@ -151,13 +154,13 @@ def page(results, args):
     return "\n".join(lines) + "\n"
 
 
-def cpu_name():
+def cpu_name() -> str:
     """As the kernel calls it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
-def main():
+def main() -> int:
     """Runs the rows one after another, or one of them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", required=True, help="text to train on")

@@ -90,7 +90,7 @@ class GaLoreAdamW(Optimizer):
             self._add_hooks(len(self.param_groups) - 1)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Updates every parameter that has a gradient.
 
         Args:

@@ -153,8 +153,8 @@ def _basis(state: dict[str, Any], weight: Tensor, options: GaLoreOptions, right:
         return random_basis(shape, state["seed"], weight)
     if options.projection_bits is None:
         return state["projection"]
-    stored = (state[name] for name in ("projection", "projection_scale", "projection_min"))
-    return dequantize_projection(*stored, options.projection_bits, shape).to(weight.dtype)
+    codes, scale, low = (state[name] for name in ("projection", "projection_scale", "projection_min"))
+    return dequantize_projection(codes, scale, low, options.projection_bits, shape).to(weight.dtype)
 
 
 def _direction(

@@ -91,7 +91,7 @@ class DenseWeight(LinearAdapter):
         own: Any = layer.weight
         self.keep_base = keep_base
         self.transposed = isinstance(layer, Conv1D)
-        self.weight = nn.Parameter(own.detach().clone()) if keep_base else own
+        self.weight: nn.Parameter = nn.Parameter(own.detach().clone()) if keep_base else own
         self._original: Tensor | None = None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class GaLoreLinear(AdapterLinear):
     def trained_weights(self) -> list[nn.Parameter]:
         """The weights of the active adapters."""
         self._share()
-        return [adapter.weight for adapter in self._active()]
+        return [adapter.weight for adapter in self._active() if isinstance(adapter, DenseWeight)]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (..., d_out) with the active adapter's weight."""
