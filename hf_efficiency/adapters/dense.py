@@ -22,7 +22,7 @@ class DenseDeltaAdapter(LinearAdapter):
 
     def forward(self, x: Tensor, output: Tensor, base: BaseLinear) -> Tensor:
         """What the adapter adds to the layer's output (..., d_out)."""
-        known: dict[str, Tensor] = {}  # what the forward pass found out and the backward pass needs not repeat
+        known: dict[str, float] = {}  # what the forward pass found out and the backward pass needs not repeat
 
         def product(x: Tensor) -> Tensor:
             return nn.functional.linear(x, self.dense_delta(known).to(x.dtype))
@@ -36,7 +36,7 @@ class DenseDeltaAdapter(LinearAdapter):
         """What merging adds to the weight, (d_out, d_in)."""
         return self.dense_delta({})
 
-    def dense_delta(self, known: dict[str, Tensor]) -> Tensor:
+    def dense_delta(self, known: dict[str, float]) -> Tensor:
         """The delta (d_out, d_in).
 
         Args:

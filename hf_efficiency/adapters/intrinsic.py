@@ -65,7 +65,7 @@ class Intrinsic(DenseDeltaAdapter):
             self.scale = nn.Parameter(torch.ones(()))
         subspace.theta.join(self)
 
-    def dense_delta(self, known: dict[str, Tensor]) -> Tensor:
+    def dense_delta(self, known: dict[str, float]) -> Tensor:
         """The delta (d_out, d_in)."""
         packed: Tensor = self._signs  # type: ignore[assignment]
         mixed = self._subspace.mixed(packed)

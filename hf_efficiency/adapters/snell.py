@@ -25,8 +25,8 @@ class SNELL(DenseDeltaAdapter):
     zero and the rest comes closer to zero by the threshold. Which weights survive is found anew at each step: no
     indices are stored, and the threshold counts as a constant in the backward pass.
 
-    Ours: both halves start equal, so that the delta starts at exactly zero; where all magnitudes are equal, all
-    survive, or nothing would ever be trained.
+    Ours: both halves start equal, so that the delta starts at exactly zero. There the threshold is zero too, and all
+    weights survive, or nothing would ever be trained.
 
     Args:
         base: The layer.
@@ -42,7 +42,7 @@ class SNELL(DenseDeltaAdapter):
         self.a = nn.Parameter(_twice(base.in_features, r // 2))
         self.b = nn.Parameter(_twice(base.out_features, r // 2))
 
-    def dense_delta(self, known: dict[str, Tensor]) -> Tensor:
+    def dense_delta(self, known: dict[str, float]) -> Tensor:
         """The sparse delta (d_out, d_in)."""
         values = self.scale * mixed_kernel(self.b, self.a, self.norm)
         if "threshold" not in known:
@@ -62,15 +62,15 @@ def mixed_kernel(b: Tensor, a: Tensor, norm: int) -> Tensor:
     return distances[0] - distances[1]
 
 
-def threshold_of(values: Tensor, sparsity: float) -> Tensor:
-    """The largest magnitude among the share `sparsity` of the smallest ones, a scalar; zero where that is none."""
+def threshold_of(values: Tensor, sparsity: float) -> float:
+    """The largest magnitude among the share `sparsity` of the smallest ones; 0 where that is none."""
     losers = int(sparsity * values.numel())
-    return values.abs().flatten().kthvalue(losers).values if losers else values.new_zeros(())
+    return float(values.abs().flatten().kthvalue(losers).values) if losers else 0.0
 
 
-def soft_threshold(values: Tensor, threshold: Tensor) -> Tensor:
-    """Brings values closer to zero by the threshold; those below it are zero and have no gradient."""
-    return torch.where(values.abs() >= threshold, values - threshold * values.sign(), 0.0)
+def soft_threshold(values: Tensor, threshold: float) -> Tensor:
+    """Brings values closer to zero by the threshold; those up to it are zero and have no gradient, unless it is 0."""
+    return values - values.clamp(-threshold, threshold) if threshold > 0 else values
 
 
 def _twice(rows: int, columns: int) -> Tensor:

@@ -205,11 +205,14 @@ class LinearAdapterTuner(BaseTuner):
         """The adapter of one layer."""
         raise NotImplementedError
 
-    def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model. `_pre_injection_hook` would be too early: PEFT runs it for the first only."""
+        config = self.peft_config[adapter_name]
         layers = self._targets(model, config)
         for name, base in layers.items():
             config.check_layer(name, base)
         self._shared = self.make_shared(config, layers)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _targets(self, model: nn.Module, config: Any) -> dict[str, BaseLinear]:
         """The layers that match, by name; bad targets are refused here, before the model changes."""
@@ -251,6 +254,16 @@ class LinearAdapterTuner(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """The name of a tensor in a checkpoint. PEFT looks for the adapter's name at the end only."""
+        holder = f".{cls.tuner_layer_cls.adapter_layer_names[0]}."
+        path, found, rest = key.rpartition(f"{holder}{adapter_name}.")
+        if found:
+            return f"{path}{holder}{rest}"
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -63,6 +63,10 @@ class BitFitLinear(AdapterLinear):
 
     adapter_layer_names = ("bitfit_adapter",)
 
+    def __init__(self, base_layer: nn.Module, adapter_name: str) -> None:
+        super().__init__(base_layer, adapter_name)
+        self._before: dict[str, Tensor] = {}  # what each merged adapter was added to
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The layer's output (..., d_out) with what is added to the bias."""
         if self.disable_adapters and self.merged:
@@ -84,19 +88,20 @@ class BitFitLinear(AdapterLinear):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters]
         for name in names:
             bias = self.own_bias(name)
-            merged = bias + self.adapters[name].bias.to(bias.dtype)
+            self._before[name] = bias.data
+            merged = bias.data + self.adapters[name].bias.to(bias.dtype)
             if safe_merge and not bool(torch.isfinite(merged).all()):
                 raise ValueError(f"merging {name!r} gives biases that are not finite: the adapter is broken.")
-            bias.copy_(merged)
+            bias.data = merged  # a new tensor: what shares the old one stays as it is
             self.merged_adapters.append(name)
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Takes the trained numbers out of the bias again, up to rounding."""
+        """Puts back the biases as they were."""
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             bias = self.own_bias(name)
-            bias.sub_(self.adapters[name].bias.to(bias.dtype))
+            bias.data = self._before.pop(name).to(bias)
 
     def own_bias(self, name: str) -> Tensor:
         """The bias (d_out,) of the base layer.
@@ -107,8 +112,8 @@ class BitFitLinear(AdapterLinear):
         bias: Tensor | None = self.get_base_layer().bias
         if bias is None:
             raise ValueError(
-                f"adapter {name!r} added biases (add_bias=True), and the model has no place for them: keep it as an "
-                "adapter."
+                f"adapter {name!r} added biases (add_bias=True), and the model has no place for them, so it cannot be "
+                "merged. Keep it as an adapter."
             )
         return bias
 

@@ -6,6 +6,18 @@ from typing import Any
 
 from peft import AdaLoraConfig, IA3Config, LoraConfig, PeftConfig, PrefixTuningConfig, PromptTuningConfig, VeraConfig
 
+from hf_efficiency import (
+    AdaDoRAConfig,
+    BitFitConfig,
+    BottleneckConfig,
+    CompacterConfig,
+    DVoRAConfig,
+    DyLoRAConfig,
+    IntrinsicConfig,
+    SNELLConfig,
+    SoRAConfig,
+)
+
 # Layers of the tiny Llama, for types that need more than one list; the others say `all-linear`.
 _FEEDFORWARD = ["down_proj"]
 _LINEAR = ["q_proj", "v_proj", "o_proj", *_FEEDFORWARD]
@@ -52,4 +64,15 @@ ADAPTERS = {
         PrefixTuningConfig, {"num_virtual_tokens": 4}, learning_rate=0.1, merges=False, checkpointing=False
     ),
     "prompt": Adapter(PromptTuningConfig, {"num_virtual_tokens": 4}, learning_rate=0.1, merges=False),
+    "bottleneck": Adapter(BottleneckConfig, {"bottleneck_size": 8}, merges=False),
+    "parallel": Adapter(BottleneckConfig, {"variant": "parallel", "bottleneck_size": 8}, merges=False),
+    "compacter": Adapter(CompacterConfig, {"bottleneck_size": 8, "kronecker_n": 3}, merges=False),
+    "snell": Adapter(SNELLConfig, {"r": 4}, learning_rate=5e-2),
+    "bitfit": Adapter(BitFitConfig, {"add_bias": True}, merges=False),
+    "intrinsic": Adapter(IntrinsicConfig, {"d": 100}, learning_rate=0.1),
+    "said": Adapter(IntrinsicConfig, {"d": 100, "said": True}, learning_rate=0.1),
+    "dvora": Adapter(DVoRAConfig, {"r": 8}, learning_rate=0.1),
+    "sora": Adapter(SoRAConfig, {"r": 4}),
+    "dylora": Adapter(DyLoRAConfig, {"r": 4, "min_rank": 2}),
+    "adadora": Adapter(AdaDoRAConfig, {"init_r": 6, "target_r": 4}, learning_rate=5e-2),
 }
