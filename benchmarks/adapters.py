@@ -61,6 +61,11 @@ ROWS = {
     "vera": Row("VeRA r=256", "peft.VeraConfig", 1e-2, {"r": 256, **_ALL}),
     "dvora": Row("DVoRA r=256", "hf_efficiency.DVoRAConfig", 1e-2, {"r": 256, **_ALL}),
     "bottleneck": Row("bottleneck (Houlsby)", "hf_efficiency.BottleneckConfig", 1e-3),
+    "parallel": Row("bottleneck (parallel)", "hf_efficiency.BottleneckConfig", 1e-3, {"variant": "parallel"}),
+    "compacter": Row("Compacter n=4", "hf_efficiency.CompacterConfig", 3e-3),
+    "snell": Row("SNELL r=16", "hf_efficiency.SNELLConfig", 1e-3, {"r": 16}),
+    "bitfit": Row("BitFit, added biases", "hf_efficiency.BitFitConfig", 1e-3, {"add_bias": True}),
+    "intrinsic": Row("random subspace d=1000", "hf_efficiency.IntrinsicConfig", 1e-2),
 }
 
 

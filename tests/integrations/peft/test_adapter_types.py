@@ -6,7 +6,6 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from torch import nn
 
 from hf_efficiency import BitFitConfig, BottleneckConfig, CompacterConfig, IntrinsicConfig, SNELLConfig, merge_adapters
 from tests import tiny
@@ -372,12 +371,3 @@ def test_a_second_adapter_has_a_config_of_its_own():
         model.add_adapter("third", IntrinsicConfig(d=10**9))
     assert [name for name, _ in model.named_modules()] == names
     assert list(model.peft_config) == ["first", "second"]
-
-
-def test_adapters_hold_no_modules_of_their_own():
-    """PEFT takes the adapter's name out of a key only where a parameter lies right in the adapter."""
-    for kind in TYPES:
-        model = adapt(kind, tiny.build_llama())
-        for module in model.modules():
-            for adapter in getattr(module, "adapters", {}).values() if isinstance(module, nn.Module) else []:
-                assert all("." not in name for name, _ in adapter.named_parameters())
