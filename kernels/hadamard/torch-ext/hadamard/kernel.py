@@ -66,12 +66,11 @@ def _plan(n: int, m: int, exact: bool = True, roomy: bool = True) -> _Plan | Non
         k, t = 2 * k, t // 2
     if t > _MOST_READS:
         return None
-    if m > 64:
+    if m > 64 or not (exact or roomy or t > 1):  # one block in parts, whose products leave no room for 64 rows
         rows = 64 if exact and not (spread and t > 1) else 32
         return _Plan(m, k, rows, triton.cdiv(k, rows), a, t, spread, 4 if spread or t <= 2 else 8)
     rows = 64 if k <= 64 else 128
-    # No more warps than the rows of a block can be dealt to, except where registers call for it.
-    return _Plan(m, k, rows, 1, a, t, spread, 8 if not exact and t == 1 else rows // 16)
+    return _Plan(m, k, rows, 1, a, t, spread, rows // 16)  # no more warps than the rows can be dealt to
 
 
 def _roomy(capability: tuple[int, int] | None) -> bool:
@@ -322,9 +321,9 @@ def hadamard(
 
 # What the sides of a layer give: label, before, after.
 _SIDES = (("input", "*i8", None), ("output", None, "*fp32"), ("tuned", "*fp32", None))
-# Length and order of the base, for each way to cut a vector: a block of 64 rows, one, two and four of 128, and bases
-# above 64 in one block and in two.
-_CUTS = ((4096, 1), (8192, 1), (14336, 28), (28672, 28), (11008, 172), (8704, 68))
+# Length and order of the base, for each way to cut a vector: a block of 64 rows, two and four of 128, bases above 64
+# in one block and in two. A base of order 1 drops loads from what others do.
+_CUTS = ((4096, 1), (14336, 28), (28672, 28), (11008, 172), (8704, 68))
 _TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 # Cards by what `_roomy` says of them.
 _CARDS = ((None, ("sm_90", "gfx942")), ((8, 0), ("sm_80",)))
@@ -361,5 +360,5 @@ def _variant(
     return Variant(
         f"{side[0]} {n} {_TYPES[dtype][1:]}{', spread' * plan.SPREAD}", _hadamard, signature,
         constants | {name: None for name, kind in given.items() if kind is None}, plan.warps, matrix=True,
-        bandwidth_bound=plan.CHUNKS == 1, divisible=divisible, targets=cards,
+        bandwidth_bound=plan.M <= 64, divisible=divisible, targets=cards,
     )  # fmt: skip
