@@ -44,6 +44,7 @@ class Trace:
     hidden: Tensor
     calls: list[BlockCall]
     groups: list[list[list[str]]]
+    returns: list[Any]  # what each block returns beside the hidden states: a tuple's other items, or None
 
 
 def _split(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, BlockCall]:
@@ -79,6 +80,7 @@ def trace(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Trace:
     hidden: list[Tensor] = []
     calls: list[BlockCall] = []
     groups: list[list[list[str]]] = []
+    returns: list[Any] = []
     current: dict[int, list[str]] = {}
     alive: list[Tensor] = []  # keeps inputs alive within a block, so that an id stands for one tensor
 
@@ -92,6 +94,7 @@ def trace(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Trace:
 
     def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         groups.append(list(current.values()))
+        returns.append(output[1:] if isinstance(output, tuple) else None)
 
     def reach_head(module: nn.Module, args: tuple[Any, ...]) -> None:
         raise _SeenEnough  # the output head may cost as much as several blocks
@@ -122,7 +125,38 @@ def trace(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> Trace:
             f"{type(model).__name__} called {len(calls)} of its {len(blocks)} blocks in one pass; block-by-block "
             "calibration needs each block exactly once."
         )
-    return Trace(hidden[0], calls, groups)
+    return Trace(hidden[0], calls, groups, returns)
+
+
+@torch.no_grad()
+def trace_calls(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, returns: list[Any]) -> list[BlockCall]:
+    """How the model calls its blocks on token ids (b, t), with blocks that only hand their input on.
+
+    Args:
+        model: As for `trace`.
+        blocks: Its blocks.
+        tokens: As for `trace`.
+        returns: `Trace.returns` of another micro-batch.
+    """
+    calls: list[BlockCall] = []
+
+    def stand_in(rest: Any) -> Any:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            state, call = _split(args, kwargs)
+            calls.append(call)
+            if len(calls) == len(blocks):
+                raise _SeenEnough
+            return state if rest is None else (state, *rest)
+
+        return forward
+
+    with ExitStack() as stack:
+        for block, rest in zip(blocks, returns, strict=True):
+            block.forward = stand_in(rest)
+            stack.callback(block.__dict__.pop, "forward")
+        with suppress(_SeenEnough):
+            model(input_ids=tokens, use_cache=False)
+    return calls
 
 
 def _identity(x: Tensor) -> int:

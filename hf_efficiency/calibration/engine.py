@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_efficiency.calibration.capture import BlockCall, first_hidden, same_calls, trace
+from hf_efficiency.calibration.capture import BlockCall, first_hidden, same_calls, trace, trace_calls
 from hf_efficiency.calibration.hidden import HiddenStates
 from hf_efficiency.calibration.memory import return_free_memory
 from hf_efficiency.calibration.method import BlockContext, BlockMethod, InputGroup
-from hf_efficiency.calibration.precision import cast_floating, widened, working_dtype
+from hf_efficiency.calibration.precision import cast_floating, wide_products, widened, working_dtype
 from hf_efficiency.calibration.resume import BlockCheckpoints
 from hf_efficiency.calibration.statistics import InputStatistics, all_finite
 from hf_efficiency.calibration.stepping import step_through
@@ -82,6 +82,7 @@ def run_blockwise(
     if names and not names.keys() - set(skip):
         raise ValueError("Every linear layer is excluded, so nothing is left to compress: skip fewer layers.")
     warn_of_fused_weights(prefix, blocks)
+    return_free_memory()  # tokenizing a long text leaves much of it
     was_training = model.training
     model.eval()
     try:
@@ -109,9 +110,11 @@ def _make_plan(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch_si
     if len(batches) > 1:
         ragged = batches[-1].shape[0] != batch_size
         if ragged:
-            calls[-1] = trace(model, blocks, batches[-1]).calls
-        if len(batches) - ragged > 1 and not same_calls(first.calls, trace(model, blocks, batches[1]).calls):
-            calls = [trace(model, blocks, batch).calls for batch in batches]
+            calls[-1] = trace_calls(model, blocks, batches[-1], first.returns)
+        if len(batches) - ragged > 1:
+            second = trace_calls(model, blocks, batches[1], first.returns)
+            if not same_calls(first.calls, second):
+                calls = [trace_calls(model, blocks, batch, first.returns) for batch in batches]
     return _Plan(batches, calls, first.groups)
 
 
@@ -133,7 +136,11 @@ class _Engine:
         self.method, self.plan, self.skip, self.store = method, plan, skip, store
         self.device = plan.batches[0].device
         self.own_dtype = next(blocks.parameters()).dtype
-        self.dtype = working_dtype(self.own_dtype, self.device)
+        # Learning compares whole blocks, in the wide dtype throughout; one-shot methods need it for products alone.
+        self.product_dtype = working_dtype(self.own_dtype, self.device)
+        half = self.product_dtype == torch.bfloat16 and self.device.type == "cpu"  # chosen because it is faster there
+        self.statistics_dtype = torch.bfloat16 if half else torch.float32
+        self.dtype = self.product_dtype if method.keep_dense or method.refines else self.own_dtype
         self.hidden = HiddenStates(offload)
         for batch in plan.batches:
             self.hidden.append(cast_floating(first_hidden(model, blocks, batch), self.dtype))
@@ -158,7 +165,8 @@ class _Engine:
 
     @torch.no_grad()
     def _block(self, index: int) -> dict[str, "QuantizedLinear"]:
-        with widened(self.blocks[index], self.dtype):
+        wide = widened if self.dtype == self.product_dtype else wide_products
+        with wide(self.blocks[index], self.product_dtype):
             layers = self._run_block(index)
         for layer_name, layer in layers.items():
             replace_module(self.model, layer_name, layer)
@@ -176,7 +184,8 @@ class _Engine:
             inputs=self.hidden,  # type: ignore[arg-type]  # a sequence of tensors
             targets=self.dense,  # type: ignore[arg-type]
             linears={n: m for n, m in linears_of(name, block).items() if n not in self.skip},
-            dtype=self.own_dtype if self.dtype != self.own_dtype else None,
+            dtype=self.own_dtype if self.product_dtype != self.own_dtype else None,
+            statistics_dtype=self.statistics_dtype,
             call=lambda module, x, i: self._call(index, module, x, i),
         )
         if self.store is not None and self.store.load(ctx):
@@ -198,7 +207,9 @@ class _Engine:
         traced = [[f"{ctx.name}.{n}" for n in names] for names in self.plan.groups[ctx.index]]
         members = [kept for names in traced if (kept := [n for n in names if n in ctx.linears])]
         leaders = [ctx.linears[names[0]] for names in members]
-        statistics = [InputStatistics(linear_sizes(m)[0], method.statistics, self.device) for m in leaders]
+        statistics = [
+            InputStatistics(linear_sizes(m)[0], method.statistics, self.device, ctx.statistics_dtype) for m in leaders
+        ]
         # Outputs may not replace inputs while the method still needs these.
         outputs: HiddenStates | None = None if method.refines else self.hidden
         sequential = method.true_sequential

@@ -26,7 +26,7 @@ class InputGroup:
         hessian: Mean of x xᵀ over the tokens, (d_in, d_in) float32, undamped.
         abs_mean: Mean of |x|, (d_in,), where the method asks for it.
         layers: The storage layers recorded so far in this block, by name.
-        dtype: The model's own dtype, where the block runs in a wider one; None where it does not.
+        dtype: The model's own dtype, where the block's weights are held in a wider one; None where they are not.
     """
 
     names: list[str]
@@ -83,7 +83,8 @@ class BlockContext:
         linears: The dense layers that may be compressed, by full name. Once a group is stored they hold its decoded
             weights.
         layers: The storage layers recorded so far, by full name.
-        dtype: The model's own dtype, where the block runs in a wider one; None where it does not.
+        dtype: The model's own dtype, where the block's weights are held in a wider one; None where they are not.
+        statistics_dtype: In which statistics multiply, float32 or bfloat16.
         call: Runs the block on other hidden states with the arguments of micro-batch i.
     """
 
@@ -96,6 +97,7 @@ class BlockContext:
     call: Callable[[nn.Module, Tensor, int], Tensor]
     layers: dict[str, "QuantizedLinear"] = field(default_factory=dict)
     dtype: torch.dtype | None = None
+    statistics_dtype: torch.dtype = torch.float32
 
     def run(self, x: Tensor, i: int) -> Tensor:
         """Output (b, t, d) of the block on hidden states x, with the masks and positions of micro-batch i."""

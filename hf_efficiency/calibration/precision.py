@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+
+from hf_efficiency.calibration.structure import is_linear
 
 # Sizes of the product that is timed: large enough to reach the CPU's rate, a few milliseconds long.
 _ROWS, _FEATURES = 512, 768
@@ -57,3 +59,25 @@ def widened(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
     finally:
         for tensor, original in changed:
             tensor.data = tensor.data.to(original)
+
+
+@contextmanager
+def wide_products(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """The block's linear layers hold their weights and multiply in `dtype`; what passes between layers stays as it is.
+
+    Next to `widened` it halves what waits between layers, for a few casts.
+    """
+
+    def cast_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return cast_floating(args, dtype)
+
+    def cast_output(own: torch.dtype) -> Any:
+        return lambda layer, args, output: output.to(own)
+
+    with ExitStack() as stack:
+        for layer in filter(is_linear, block.modules()):
+            own = next(layer.parameters()).dtype
+            stack.enter_context(widened(layer, dtype))
+            stack.callback(layer.register_forward_pre_hook(cast_input).remove)
+            stack.callback(layer.register_forward_hook(cast_output(own)).remove)
+        yield

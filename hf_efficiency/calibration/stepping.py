@@ -45,7 +45,7 @@ def step_through(
 
     with ExitStack() as stack:
         for index, leader in enumerate(leaders):
-            stack.callback(leader.register_forward_pre_hook(halt_at(index)).remove)
+            stack.callback(leader.register_forward_pre_hook(halt_at(index), prepend=True).remove)
         waiting: dict[int, tuple[greenlet, int]] = {}
 
         def advance(i: int, runner: greenlet, *first: Any) -> None:

@@ -141,7 +141,8 @@ def _observe(ctx: BlockContext, folds: list[Fold]) -> list[InputStatistics]:
     tokens = ctx.inputs[0].shape[0] * ctx.inputs[0].shape[1]
     stride = max(1, len(ctx.inputs) * tokens // _SEARCH_TOKENS)
     device = next(ctx.block.parameters()).device
-    statistics = [InputStatistics(len(fold.index), frozenset({"hessian"}), device) for fold in folds]
+    dtype = ctx.statistics_dtype
+    statistics = [InputStatistics(len(fold.index), frozenset({"hessian"}), device, dtype) for fold in folds]
 
     def hook(statistic: InputStatistics) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda module, args: statistic.add(args[0])
