@@ -65,30 +65,7 @@ def cache_teacher(
         ValueError: No data, a setting out of its range, or a folder with another cache.
     """
     arrow()
-    for name, value in (("top_k", top_k), ("batch_size", batch_size), ("shard_size", shard_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if not temperature > 0:
-        raise ValueError(f"temperature={temperature} must be above 0.")
-    if not len(sequences) or min(len(s) for s in sequences) < 2:
-        raise ValueError("The data is empty or holds a sequence of fewer than 2 tokens, which predicts nothing.")
-    width = vocab_size or teacher.get_output_embeddings().weight.shape[0]
-    if top_k >= width:
-        raise ValueError(f"top_k={top_k} must be below the vocabulary's {width}.")
-    shards = -(-len(sequences) // shard_size)
-    manifest = {
-        "version": VERSION,
-        "teacher": model_checksum(teacher),
-        "tokenizer": None if tokenizer is None else tokenizer_checksum(tokenizer),
-        "data": data_checksum(sequences),
-        "sequences": len(sequences),
-        "tokens": sum(len(s) for s in sequences),
-        "top_k": top_k,
-        "temperature": float(temperature),
-        "vocab_size": width,
-        "shards": [f"shard-{i:05d}.arrow" for i in range(shards)],
-        "complete": False,
-    }
+    manifest = _manifest(teacher, sequences, tokenizer, top_k, temperature, batch_size, shard_size, vocab_size)
     target = Path(folder)
     if _begin(target, manifest):
         return TeacherCache(target)
@@ -105,6 +82,43 @@ def cache_teacher(
         teacher.train(training)
     _write_manifest(target, {**manifest, "complete": True})
     return TeacherCache(target)
+
+
+def _manifest(
+    teacher: Any,
+    sequences: Sequence[Sequence[int] | Tensor],
+    tokenizer: Any,
+    top_k: int,
+    temperature: float,
+    batch_size: int,
+    shard_size: int,
+    vocab_size: int | None,
+) -> dict[str, Any]:
+    """What the cache is made from, once that is checked."""
+    for name, value in (("top_k", top_k), ("batch_size", batch_size), ("shard_size", shard_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature} must be above 0.")
+    if not len(sequences) or min(len(s) for s in sequences) < 2:
+        raise ValueError("The data is empty or holds a sequence of fewer than 2 tokens, which predicts nothing.")
+    width = vocab_size or OutputHead(teacher).size
+    if top_k >= width:
+        raise ValueError(f"top_k={top_k} must be below the vocabulary's {width}.")
+    shards = -(-len(sequences) // shard_size)
+    return {
+        "version": VERSION,
+        "teacher": model_checksum(teacher),
+        "tokenizer": None if tokenizer is None else tokenizer_checksum(tokenizer),
+        "data": data_checksum(sequences),
+        "sequences": len(sequences),
+        "tokens": sum(len(s) for s in sequences),
+        "top_k": top_k,
+        "temperature": float(temperature),
+        "vocab_size": width,
+        "shards": [f"shard-{i:05d}.arrow" for i in range(shards)],
+        "complete": False,
+    }
 
 
 def _begin(folder: Path, manifest: dict[str, Any]) -> bool:

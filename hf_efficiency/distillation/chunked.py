@@ -4,7 +4,8 @@ Shape legend: n rows (tokens with a label), c rows of a chunk, V vocabulary, d f
 
 The gradient of a chunk's logits is known as soon as its loss is, so it is sent back through the head at once; what is
 kept for the backward pass is the gradient of the hidden states and that of the head. This needs the products of an
-unchunked loss and no more, while checkpointing each chunk would repeat those that make the logits.
+unchunked loss and no more, while checkpointing each chunk would repeat those that make the logits. On a GPU the kernel
+`distill_loss` does the same where it covers the case.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efficiency.distillation.fused import fused_loss
 from hf_efficiency.distillation.heads import LinearPass, ModulePass, OutputHead
 from hf_efficiency.distillation.losses import Objective, log_softmax
 from hf_efficiency.distillation.targets import Target, closeness, soft_loss
@@ -133,6 +135,9 @@ def chunked_loss(job: Job, head: OutputHead, hidden: Tensor) -> tuple[Tensor, di
     parameters = head.parameters
     if not len(hidden):  # every parameter still takes part, as other processes expect of it
         return torch.stack([hidden.sum(), *(p.sum() for p in parameters)]).sum().float() * 0.0, sums
+    fused = fused_loss(job, head, hidden) if hidden.is_cuda else None
+    if fused is not None:
+        return fused, {"soft": fused.detach().double()}
     if torch.is_grad_enabled() and (hidden.requires_grad or parameters):
         loss: Tensor = _Chunked.apply(job, head, sums, hidden, *parameters)
         return loss, sums

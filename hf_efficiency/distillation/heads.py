@@ -48,6 +48,11 @@ class OutputHead:
         return logits
 
     @property
+    def size(self) -> int:
+        """V: logits of a token."""
+        return int(getattr(self.module, "out_features", None) or self.module.weight.shape[0])
+
+    @property
     def parameters(self) -> list[nn.Parameter]:
         """Those that are trained."""
         return [p for p in self.module.parameters() if p.requires_grad]

@@ -133,18 +133,18 @@ class TeacherCache:
                 f"that of this {type(tokenizer).__name__} is {ours}): make the cache again with this one."
             )
 
-    def check_data(self, sequences: Iterable[Sequence[int] | Tensor]) -> None:
+    def check_data(self, sequences: Iterable[Sequence[int] | Tensor], name: str = "the data") -> None:
         """Makes sure that the cache holds each of the sequences.
 
         Raises:
             ValueError: It does not.
         """
-        for i, ids in enumerate(sequences):
+        for ids in sequences:
             if ids not in self:
                 raise ValueError(
-                    f"Sequence {i} of the training data ({len(ids)} tokens) is not in the teacher cache "
-                    f"{str(self.folder)!r}, which was made from other data or cut otherwise (checksum "
-                    f"{self.manifest['data']}): train on TeacherCache(...).dataset(), or make the cache again."
+                    f"A sequence of {name} ({len(ids)} tokens) is not in the teacher cache {str(self.folder)!r}, which "
+                    f"was made from other data or cut otherwise (checksum {self.manifest['data']}): train on "
+                    "TeacherCache(...).dataset(), or make the cache again from all that is trained and evaluated on."
                 )
 
     def rows(self, ids: Tensor) -> TopK:

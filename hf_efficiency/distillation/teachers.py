@@ -92,14 +92,14 @@ class ModelTeacher:
     @property
     def vocab_size(self) -> int:
         """Columns of its logits."""
-        module = self.model.get_output_embeddings()
-        return int(getattr(module, "out_features", None) or module.weight.shape[0])
+        return OutputHead(self.model).size
 
-    @property
-    def device(self) -> torch.device:
-        """Where its inputs go. Offloaded weights are nowhere; their model then says where it runs."""
-        device: torch.device = self.model.get_input_embeddings().weight.device
-        return torch.device(self.model.device) if device.type == "meta" else device
+    def _moved(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs where the model takes them. One whose weights are offloaded moves them itself."""
+        device = self.model.get_input_embeddings().weight.device
+        if device.type == "meta":
+            return dict(inputs)
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
     @torch.no_grad()
     def answer(
@@ -107,7 +107,7 @@ class ModelTeacher:
     ) -> Answer:
         """See `Teacher`."""
         self.model.eval()
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+        moved = self._moved(inputs)
         head: OutputHead = OutputHead(self.model)
         found = self._run(moved, layers, attentions, full=self._plain is False)
         if self._plain is None:

@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_efficiency.calibration.structure import first_tensor
@@ -69,7 +68,7 @@ def trace(
         call: What to call in the model's place: a wrapper (DistributedDataParallel) around it.
 
     Raises:
-        ValueError: The model does not call its head, gives no attention, or hides its states in a checkpoint.
+        ValueError: The model does not call its head, or gives no attention.
     """
     length = inputs["input_ids"].shape[1]
     captured: list[Tensor] = []
@@ -89,7 +88,7 @@ def trace(
         )
     # virtual tokens of prompt learning come first, and have no labels
     result = Trace(captured[0][:, -length:], output.logits[:, -length:])
-    result.states = {i: _checked_state(state, result.hidden)[:, -length:] for i, state in states.items()}
+    result.states = {i: state[:, -length:] for i, state in states.items()}
     if attentions:
         result.attentions = {i: _attention(output.attentions, i, type(model).__name__) for i in attentions}
     return result
@@ -118,15 +117,6 @@ def _block_output(block: nn.Module, index: int, states: dict[int, Tensor]) -> It
         yield
     finally:
         handle.remove()
-
-
-def _checked_state(state: Tensor, hidden: Tensor) -> Tensor:
-    if torch.is_grad_enabled() and hidden.requires_grad and not state.requires_grad:
-        raise ValueError(
-            "The states of the student's blocks carry no gradient, since re-entrant gradient checkpointing hides them: "
-            'set gradient_checkpointing_kwargs={"use_reentrant": False}, or freeze fewer layers.'
-        )
-    return state
 
 
 def _attention(found: Any, index: int, name: str) -> Tensor:

@@ -102,19 +102,21 @@ class DistillTrainer(Trainer):
         self._plain_student: bool | None = None
         self._wants_logits = False
         self._vocab: dict[int, int] = {}
-        self._check_before_training(dataset)
+        self._check_before_training()
         self.add_callback(_AfterStep(self))
 
     # Checks.
 
-    def _check_before_training(self, dataset: Any) -> None:
+    def _check_before_training(self) -> None:
+        given = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"eval_dataset": self.eval_dataset}
         for cache in (one for one in self.teachers.chain if isinstance(one, TeacherCache)):
             if self.processing_class is not None:
                 cache.check_tokenizer(self.processing_class)
-            if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-                step = max(1, len(dataset) // _CHECKED_ROWS)
-                rows = (self._collated([dataset[i]]) for i in range(0, len(dataset), step))
-                cache.check_data(row["input_ids"][row["attention_mask"].bool()] for row in rows)
+            for name, dataset in {"train_dataset": self.train_dataset, **given}.items():
+                if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+                    step = max(1, len(dataset) // _CHECKED_ROWS)
+                    rows = (self._collated([dataset[i]]) for i in range(0, len(dataset), step))
+                    cache.check_data((row["input_ids"][row["attention_mask"].bool()] for row in rows), name)
         self._shared_vocabulary(self.teacher)
         if self.args.attention_weight:
             for who, model in (("student", self._student), ("teacher", self.teacher.model)):
@@ -130,8 +132,7 @@ class DistillTrainer(Trainer):
     def _shared_vocabulary(self, teacher: ModelTeacher | CachedTeacher) -> int:
         """Columns of the logits that student and teacher share; found once for each teacher."""
         if id(teacher) not in self._vocab:
-            head = self._student.get_output_embeddings()
-            size = int(getattr(head, "out_features", None) or head.weight.shape[0])
+            size = OutputHead(self._student).size
             other = self.teacher_processing_class or self.teachers.tokenizer()
             asked = (size, teacher.vocab_size, self.processing_class, other, self.args.vocab_size)
             self._vocab = {id(teacher): shared_vocabulary(*asked)}

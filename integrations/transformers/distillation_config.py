@@ -1,7 +1,6 @@
 """The arguments of `DistillTrainer`."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -49,20 +48,27 @@ class DistillConfig(TrainingArguments):
         monitor: Log how close the student is to the teacher: on steps that are logged, and in evaluation.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_init_kwargs"]
+    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+        *TrainingArguments._VALID_DICT_FIELDS,
+        *("teacher_init_kwargs", "divergence", "layer_map", "attention_map"),
+    ]
 
-    divergence: Any = field(default="forward_kl", metadata={"help": "a divergence, or several with weights"})
+    divergence: dict[str, float] | str | None = field(
+        default="forward_kl", metadata={"help": "a divergence, or several with weights"}
+    )
     beta: float = field(default=0.5, metadata={"help": "of the JSD"})
     skew: float = field(default=0.1, metadata={"help": "of the skew divergences"})
     temperature: float = field(default=1.0, metadata={"help": "of both distributions"})
     alpha: float = field(default=1.0, metadata={"help": "weight of the soft loss; 1 - alpha is that of the hard loss"})
     hidden_weight: float = field(default=0.0, metadata={"help": "weight of the hidden states' distance"})
     hidden_loss: str = field(default="cosine", metadata={"help": "cosine, mse or normalized_mse"})
-    layer_map: Any = field(default="uniform", metadata={"help": "uniform, last, last-k, similarity, or pairs"})
+    layer_map: dict[int, int] | str | None = field(
+        default="uniform", metadata={"help": "uniform, last, last-k, similarity, or pairs"}
+    )
     projection_learning_rate: float | None = field(default=None, metadata={"help": "default: the model's"})
     attention_weight: float = field(default=0.0, metadata={"help": "weight of the attention maps' distance"})
     attention_loss: str = field(default="kl", metadata={"help": "kl or mse"})
-    attention_map: Any = field(default="last-1", metadata={"help": "as layer_map"})
+    attention_map: dict[int, int] | str | None = field(default="last-1", metadata={"help": "as layer_map"})
     lmbda: float = field(default=0.0, metadata={"help": "share of batches that the student writes"})
     seq_kd: bool = field(default=False, metadata={"help": "the teacher writes the other batches"})
     max_new_tokens: int = field(default=128, metadata={"help": "of a text that a model writes"})
@@ -79,6 +85,10 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("layer_map", "attention_map"):  # JSON has no whole numbers for keys
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, {int(student): int(teacher) for student, teacher in value.items()})
         self.objective()
         for name in ("hidden_weight", "attention_weight", "sampling_temperature"):
             if not 0 <= getattr(self, name) < math.inf:
@@ -106,5 +116,4 @@ class DistillConfig(TrainingArguments):
         Raises:
             ValueError: A field of it is out of its range.
         """
-        given = dict(self.divergence) if isinstance(self.divergence, Mapping) else self.divergence
-        return Objective(given, self.beta, self.skew, self.temperature, self.alpha)
+        return Objective(self.divergence or "forward_kl", self.beta, self.skew, self.temperature, self.alpha)

@@ -87,8 +87,9 @@ class Teachers:
         """Who teaches at this share of the training. A teacher given by name is loaded now and dropped afterwards."""
         index = max(i for i, start in enumerate(self.starts) if start <= progress or i == 0)
         if self._current is None or self.index != index:
-            self._current = None
-            gc.collect()
+            if self._current is not None:  # two teachers may not fit
+                self._current = None
+                gc.collect()
             self.index, self._current = index, self._ready(self.chain[index])
         return self._current
 

@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional as F
 
 from hf_efficiency.distillation import Job, Objective, OutputHead, chunked_loss, top_k
+from hf_efficiency.distillation.fused import fused_loss
 from hf_efficiency.distillation.heads import LogitsHead
 from hf_efficiency.distillation.teachers import ModelRows
 from hf_efficiency.distillation.trace import trace
-from hf_efficiency.kernels.distill_loss import distill_loss
 from tests.families import FAMILIES, build_family
 
 N, D = 13, 32
@@ -59,25 +59,31 @@ def test_equals_the_whole(data, alpha, temperature, rows, bias):
         torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9)
 
 
-def test_agrees_with_the_kernel(data):
-    """The same loss by the kernel project's reference, in float32."""
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_agrees_with_the_kernel(data, name):
+    """What runs on a GPU, here by Triton's interpreter, with padding that does not count and a bias."""
     hidden, _, labels = data
-    head, theirs = Head(dtype=torch.float32), torch.nn.Linear(D, 40, bias=False)
-    y = torch.randn(N, D)
-    for name in ("forward_kl", "reverse_kl", "jsd"):
-        grads = []
-        for kernel in (False, True):
-            x = hidden.float().requires_grad_()
-            if kernel:
-                weights = head.module.weight, y, theirs.weight
-                loss = distill_loss(x, *weights, divergence=name, beta=0.3, temperature=2.0, reduction="sum") * 4
-            else:
-                rows = ModelRows(y, OutputHead.__new__(OutputHead), x.device)
-                rows.head.module, rows.head.after = theirs, []
-                loss, _ = chunked_loss(Job(Objective(name, beta=0.3, temperature=2.0), labels, rows, 40, 5), head, x)
-            grads.append((loss.detach(), *torch.autograd.grad(loss, [x, head.module.weight])))
-        for ours, expected in zip(*grads, strict=True):
-            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+    heads = [Head(bias=True, dtype=torch.float32) for _ in range(2)]
+    heads[1].module.weight.data *= 2
+    rows = ModelRows(torch.randn(N, D), heads[1], torch.device("cpu"))
+    job = Job(Objective({name: 0.5}, beta=0.3, temperature=2.0), labels, rows, 36, 5)
+    grads = []
+    for loss_of in (lambda *args: chunked_loss(*args)[0], fused_loss):
+        x = hidden.float().requires_grad_()
+        loss = loss_of(job, heads[0], x)
+        grads.append((loss.detach(), *torch.autograd.grad(loss, [x, *heads[0].module.parameters()])))
+    for ours, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_the_kernel_leaves_to_others(data):
+    hidden, head = data[0].float(), Head(dtype=torch.float32)
+    rows = ModelRows(torch.randn(N, D), head, torch.device("cpu"))
+    for objective in (Objective("skew_kl"), Objective({"jsd": 1, "reverse_kl": 1}), Objective(alpha=0.5)):
+        assert fused_loss(Job(objective, data[2], rows, 40), head, hidden) is None
+    assert fused_loss(Job(Objective(), data[2], rows, 40, monitor=True), head, hidden) is None
+    assert fused_loss(Job(Objective(), data[2], lambda part: data[1][part], 40), head, hidden) is None
+    assert fused_loss(Job(Objective(), data[2], rows, 40), LogitsHead(), hidden) is None
 
 
 def test_a_cache_in_chunks(data):
