@@ -1,5 +1,6 @@
 """Key-value caches for `model.generate(..., past_key_values=cache)`."""
 
+from hf_efficiency.integrations.transformers.caches.convert import ConversionReport, convert_attention
 from hf_efficiency.integrations.transformers.caches.eviction import (
     H2OCache,
     PriorityCache,
@@ -14,6 +15,7 @@ from hf_efficiency.integrations.transformers.caches.window import RollingCache, 
 
 __all__ = [
     "CACHES",
+    "ConversionReport",
     "H2OCache",
     "PagedCache",
     "PriorityCache",
@@ -23,6 +25,7 @@ __all__ = [
     "SnapKVCache",
     "StreamingCache",
     "TOVACache",
+    "convert_attention",
     "load_cache",
     "make_cache",
 ]

@@ -224,7 +224,7 @@ class EfficientCache(Cache):
                 f"{str(path)!r} holds the cache of another model ({about['model']}); this one is {self.model_name}."
             )
         with safe_open(str(path), framework="pt", device=str(device)) as file:
-            stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
         for i, (layer, numbers) in enumerate(zip(self.layers, about["layers"], strict=True)):
             prefix = f"{i}."
             mine = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}

@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_efficiency.generation.caches.attention import attention_with_sums, query_blocks
 from hf_efficiency.generation.caches.budget import Budget, tokens_of
 from hf_efficiency.generation.caches.policies import Policy, choose, with_recent
-from hf_efficiency.generation.caches.slots import Slots, ever_attended, slot_mask
+from hf_efficiency.generation.caches.slots import Slots, attended, ever_attended, slot_mask
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
 from hf_efficiency.integrations.transformers.caches.base import Layer, cropped
 
@@ -263,6 +263,9 @@ class _Step:
             )
         b, h, t, n = weights.shape
         heads = key.shape[1]
+        # A padding query, which sees nothing, gives equal weights to everything.
+        sees = attended(visible).any(3, keepdim=True).repeat_interleave(h // visible.shape[1], 1)
+        weights = weights * sees
         return output, weights.float().reshape(b, heads, h // heads, t, n).sum((2, 3))
 
     def _decode(self, call: Call, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
