@@ -91,7 +91,7 @@ def low_rank_step_(
     basis = _basis(state, weight, options, right)
     if options.update != "project_back":
         _scaled_gradient_(weight, gradient, basis, state, options, right, lr, betas, eps, weight_decay)
-    elif weight.is_cuda and weight.dtype in _KERNEL_DTYPES:
+    elif _has_kernel(weight):
         update = galore_update_ if options.state_bits == 32 else galore_update_8bit_
         moments = [
             state[name] for name in ("exp_avg", "exp_avg_absmax", "exp_avg_sq", "exp_avg_sq_absmax") if name in state
@@ -103,6 +103,10 @@ def low_rank_step_(
     else:
         _, direction = _direction(gradient, basis.to(wide_dtype(weight.dtype)), state, right, betas, eps)
         _project_back_(weight, basis, direction, right, keep=1 - lr * weight_decay, rate=-lr * options.scale)
+
+
+def _has_kernel(weight: Tensor) -> bool:
+    return weight.is_cuda and weight.dtype in _KERNEL_DTYPES
 
 
 def _refresh(gradient: Tensor, state: dict[str, Any], options: GaLoreOptions, seed: int, right: bool) -> None:

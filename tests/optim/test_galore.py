@@ -319,6 +319,21 @@ def test_update_during_backward_refuses_several_processes(monkeypatch):
         GaLoreAdamW(make_weights(), per_layer=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["power", "8-bit", "reverse"])
+def test_the_kernel_does_the_same(name, dtype, monkeypatch):
+    """Interpreted in float32; its reference in bfloat16, which Triton's interpreter cuts off where it should round."""
+    if dtype == torch.bfloat16:
+        monkeypatch.setenv("HF_EFFICIENCY_KERNELS", "reference")
+    start, plain, through_kernel = (make_weights(dtype) for _ in range(3))
+    run(make_optimizer(plain, **ROWS[name]), plain, steps=4)
+    monkeypatch.setattr("hf_efficiency.optim.low_rank._has_kernel", lambda weight: True)
+    run(make_optimizer(through_kernel, **ROWS[name]), through_kernel, steps=4)
+    for weight, expected, before in zip(through_kernel, plain, start, strict=True):
+        error = (weight - expected).float().norm() / (expected - before).float().norm()
+        assert error < (0.02 if name == "8-bit" else 1e-4)
+
+
 def test_step_takes_a_closure():
     weight = parameter(torch.ones(4, 4))
     optimizer = GaLoreAdamW([weight], rank=2)
