@@ -150,8 +150,9 @@ def _splits(programs: int, steps: int, wanted: int) -> tuple[int, int]:
     return triton.cdiv(steps, each), each
 
 
-def _is_for_few(n: int, w: _Weight) -> bool:
-    return n <= _FEW[w.awq] and w.g_idx is None and w.d_in % 4 == 0
+def _is_for_few(x: Tensor, w: _Weight) -> bool:
+    few = 1 if x.dtype == torch.float32 else _FEW[w.awq]  # two rows of float32 spill registers on sm_80
+    return len(x) <= few and w.g_idx is None and w.d_in % 4 == 0
 
 
 def _sums_of_few(x: Tensor, w: _Weight) -> Tensor:
@@ -245,7 +246,7 @@ def _forward(x: Tensor, w: _Weight, bias: Tensor | None) -> Tensor:
     n = len(x)
     if not n:
         return x.new_empty(0, w.d_out)
-    if _is_for_few(n, w):
+    if _is_for_few(x, w):
         return _add_parts(_sums_of_few(x, w), bias, x.new_empty(n, w.d_out))
     return _multiply(x, w, bias, backward=False)
 
@@ -291,7 +292,7 @@ def variants() -> list[Variant]:
     instructions alone, dtypes of scales and bias by a conversion, zero_offset by a constant.
     """
     made = [_of_few(bits, rows) for bits in (2, 3, 4, 8) for rows in (1, 2)]
-    made += [_of_few(bits, 2, tl.float32) for bits in (3, 4)] + [_of_few(4, 1, tl.float16)]
+    made += [_of_few(bits, 1, tl.float32) for bits in (2, 3, 4, 8)] + [_of_few(4, 1, tl.float16)]
     made += [_of_awq(tl.bfloat16), _of_awq(tl.float32)]
     for backward in (False, True):
         for tile in (_TILES[16], *_TUNED_TILES):
