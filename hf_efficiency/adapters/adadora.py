@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hf_efficiency.adapters.base import BaseLinear
 
 
-class AdaDoRA(DirectionAdapter):
+class AdaDoRA(Triplet, DirectionAdapter):
     """W' = m * (W + scale * B diag(e) A) / |W + scale * B diag(e) A|.
 
     DoRA's magnitude (Liu et al. 2024, equation 5) around AdaLoRA's change (Zhang et al. 2023, equation 3): e starts at
@@ -30,19 +30,14 @@ class AdaDoRA(DirectionAdapter):
     """
 
     def __init__(self, base: BaseLinear, r: int, scale: float, dropout: float) -> None:
-        super().__init__(base.weight())
-        self.low_rank = Triplet(base, r, scale)
-        nn.init.zeros_(self.low_rank.e)
-        for factor in (self.low_rank.a, self.low_rank.b):
+        DirectionAdapter.__init__(self, base.weight())
+        self.make_directions(base, r, scale)
+        nn.init.zeros_(self.e)
+        for factor in (self.a, self.b):
             if factor.numel():
                 nn.init.normal_(factor, std=0.02)
         self.dropout = nn.Dropout(dropout)
 
-    def delta(self) -> Tensor:
-        """The change of the direction, (d_out, d_in)."""
-        return self.low_rank.delta()
-
     def change(self, x: Tensor) -> Tensor:
         """x times the delta, through the rank."""
-        change: Tensor = self.low_rank(self.dropout(x))
-        return change
+        return self.product(self.dropout(x))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hf_efficiency.adapters.base import BaseLinear
 
 
-class SoRA(LinearAdapter):
+class SoRA(Triplet, LinearAdapter):
     """W' = W + scale * B diag(g) A (section 3.2); g is made sparse by a proximal step after each optimizer step.
 
     A starts as LoRA's, B at zero and the gates at standard normal values, as in the authors' program.
@@ -31,25 +31,20 @@ class SoRA(LinearAdapter):
 
     def __init__(self, base: BaseLinear, r: int, scale: float, dropout: float) -> None:
         super().__init__()
-        self.low_rank = Triplet(base, r, scale)
-        kaiming_rows_(self.low_rank.a)
-        nn.init.normal_(self.low_rank.e)
-        nn.init.zeros_(self.low_rank.b)
+        self.make_directions(base, r, scale)
+        kaiming_rows_(self.a)
+        nn.init.normal_(self.e)
+        nn.init.zeros_(self.b)
         self.dropout = nn.Dropout(dropout)
-
-    def delta(self) -> Tensor:
-        """The change of the weight, (d_out, d_in)."""
-        return self.low_rank.delta()
 
     def forward(self, x: Tensor, output: Tensor, base: BaseLinear) -> Tensor:
         """What the adapter adds to the layer's output (..., d_out)."""
-        change: Tensor = self.low_rank(self.dropout(x))
-        return change
+        return self.product(self.dropout(x))
 
     @property
     def gates(self) -> nn.Parameter:
         """g, (r,). A direction whose gate is zero is pruned."""
-        return self.low_rank.e
+        return self.e
 
     @torch.no_grad()
     def proximal_step(self, threshold: float) -> None:

@@ -24,17 +24,20 @@ class Directions(NamedTuple):
 
 
 class Triplet(nn.Module):
-    """B diag(e) A times a fixed scale, with r + r (d_in + d_out) trained numbers.
+    """Gives an adapter the change B diag(e) A times a fixed scale, with r + r (d_in + d_out) trained numbers.
 
-    Args:
-        base: The layer.
-        r: Rank.
-        scale: What the product is multiplied with. It does not follow the rank, so that taking out a direction that
-            is zero changes nothing.
+    The parameters are the adapter's own, not a module's inside it: transformers' `load_adapter` finds no deeper ones.
     """
 
-    def __init__(self, base: BaseLinear, r: int, scale: float) -> None:
-        super().__init__()
+    def make_directions(self, base: BaseLinear, r: int, scale: float) -> None:
+        """Adds the parameters, without values.
+
+        Args:
+            base: The layer.
+            r: Rank.
+            scale: What the product is multiplied with. It does not follow the rank, so that taking out a direction
+                that is zero changes nothing.
+        """
         self.scale = scale
         self.a = nn.Parameter(torch.empty(r, base.in_features))
         self.e = nn.Parameter(torch.empty(r))
@@ -49,7 +52,7 @@ class Triplet(nn.Module):
         """The change of the weight, (d_out, d_in)."""
         return self.scale * (self.b * self.e) @ self.a
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """x (..., d_in) times the change, (..., d_out), through the rank."""
         return self.scale * nn.functional.linear(nn.functional.linear(x, self.a) * self.e, self.b)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_efficiency.adapters.adadora import AdaDoRA
 from hf_efficiency.adapters.rank_allocation import IMPORTANCES
@@ -103,7 +103,8 @@ class AdaDoRAModel(LinearAdapterTuner):
         r = (config.rank_pattern or {}).get(name, config.init_r)
         return AdaDoRA(base, r, config.lora_alpha / config.init_r, config.adadora_dropout)
 
-    def _post_injection_hook(self, model: nn.Module, config: AdaDoRAConfig, adapter_name: str) -> None:
-        super()._post_injection_hook(model, config, adapter_name)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model, and a watch on its training."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         layer = next(m for m in model.modules() if isinstance(m, AdaDoRALinear) and adapter_name in m.adapters)
-        watch(layer, TrainingWatch(layer.adapters[adapter_name].low_rank.e, _UNTOUCHED))
+        watch(layer, TrainingWatch(layer.adapters[adapter_name].e, _UNTOUCHED))

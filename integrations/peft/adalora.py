@@ -115,7 +115,7 @@ def _trained_matrices(model: nn.Module) -> tuple[str, dict[str, Directions], dic
     """The adapter that is trained, its matrices by their layer's name, and, of AdaDoRA, the layers' adapters."""
     name, adapters = trained_adapters(model, AdaDoRA)
     if adapters:
-        return name, {layer: adapter.low_rank.directions for layer, adapter in adapters.items()}, adapters
+        return name, {layer: adapter.directions for layer, adapter in adapters.items()}, adapters
     matrices: dict[str, Directions] = {}
     for layer, module in model.named_modules():
         if isinstance(module, AdaLoraLayer):

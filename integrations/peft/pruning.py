@@ -41,10 +41,10 @@ def prune(
     """
     pattern = dict(config.rank_pattern or {})
     for name, adapter in adapters.items():
-        before = {id(parameter): parameter.shape for parameter in adapter.low_rank.directions}
-        for parameter, dim in adapter.low_rank.keep(rows[name]):
+        before = {id(parameter): parameter.shape for parameter in adapter.directions}
+        for parameter, dim in adapter.keep(rows[name]):
             _cut_state(optimizer, parameter, before[id(parameter)], rows[name], dim)
-        pattern[name] = adapter.low_rank.e.numel()
+        pattern[name] = adapter.e.numel()
     config.rank_pattern = pattern
 
 

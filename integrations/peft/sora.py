@@ -43,7 +43,9 @@ class SoRAConfig(LinearAdapterConfig):
         r: Largest rank of a layer.
         lora_alpha: The change is multiplied with lora_alpha / r.
         sparse_lambda: Strength of the gates' L1 norm: each step moves a gate by the learning rate times this towards
-            zero. Optimizers of Adam's kind move a gate by the learning rate at most, so values above 1 prune all.
+            zero. Gates start with absolute values around 1, and optimizers of Adam's kind move them by about the
+            learning rate a step, so below 1 the loss can hold a gate open, and above 1 all close in the end: large
+            values are for short trainings.
         sora_dropout: Probability of dropping an input of the change.
         rank_pattern: The rank of each layer after pruning; filled in by training.
 
@@ -87,8 +89,9 @@ class SoRAModel(LinearAdapterTuner):
         r = (config.rank_pattern or {}).get(name, config.r)
         return SoRA(base, r, config.lora_alpha / config.r, config.sora_dropout)
 
-    def _post_injection_hook(self, model: nn.Module, config: SoRAConfig, adapter_name: str) -> None:
-        super()._post_injection_hook(model, config, adapter_name)
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model, and a watch on its training."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         layer = next(m for m in model.modules() if isinstance(m, SoRALinear) and adapter_name in m.adapters)
         watch(layer, TrainingWatch(layer.adapters[adapter_name].gates, _UNTOUCHED))
 
