@@ -58,7 +58,10 @@ if TYPE_CHECKING:
     from hf_efficiency.integrations.transformers.distillation import DistillTrainer
     from hf_efficiency.integrations.transformers.distillation_config import DistillConfig
     from hf_efficiency.integrations.transformers.galore import galore
+    from hf_efficiency.integrations.transformers.selection import DataSelectionCallback
+    from hf_efficiency.integrations.transformers.selection_order import CurriculumCallback, MixtureCallback
     from hf_efficiency.optim import GaLoreAdamW
+    from hf_efficiency.selection import Selection, select
 
 # Public name: the module that defines it. A host that is missing only takes its own names away.
 _EXPORTS = {
@@ -90,6 +93,11 @@ _EXPORTS = {
     "SoRAConfig": "hf_efficiency.integrations.peft",
     "merge_adapters": "hf_efficiency.integrations.peft.merge",
     "prepare_for_training": "hf_efficiency.integrations.peft.prepare",
+    "CurriculumCallback": "hf_efficiency.integrations.transformers.selection_order",
+    "DataSelectionCallback": "hf_efficiency.integrations.transformers.selection",
+    "MixtureCallback": "hf_efficiency.integrations.transformers.selection_order",
+    "Selection": "hf_efficiency.selection",
+    "select": "hf_efficiency.selection",
     "H2OCache": "hf_efficiency.integrations.transformers.caches",
     "PagedCache": "hf_efficiency.integrations.transformers.caches",
     "PriorityCache": "hf_efficiency.integrations.transformers.caches",
@@ -111,7 +119,9 @@ __all__ = [
     "BitFitConfig",
     "BottleneckConfig",
     "CompacterConfig",
+    "CurriculumCallback",
     "DVoRAConfig",
+    "DataSelectionCallback",
     "DistillConfig",
     "DistillTrainer",
     "DyLoRAConfig",
@@ -120,6 +130,7 @@ __all__ = [
     "GaLoreConfig",
     "H2OCache",
     "IntrinsicConfig",
+    "MixtureCallback",
     "NF4Config",
     "PagedCache",
     "PriorityCache",
@@ -129,6 +140,7 @@ __all__ = [
     "RandomCache",
     "RollingCache",
     "SNELLConfig",
+    "Selection",
     "SnapKVCache",
     "SoRACallback",
     "SoRAConfig",
@@ -146,6 +158,7 @@ __all__ = [
     "merge_adapters",
     "prefer",
     "prepare_for_training",
+    "select",
 ]
 
 

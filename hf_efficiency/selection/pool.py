@@ -50,7 +50,7 @@ class Pool:
         first = next(self.rows(1), None)
         if first is None:
             raise ValueError("the dataset is empty: give at least one example.")
-        self.column = _column(first[0], text_column, tokenizer)
+        self.column = _column(first[0], text_column)
 
     @property
     def known_length(self) -> int | None:
@@ -94,6 +94,15 @@ class Pool:
         for batch in self.rows(batch_size, start):
             yield [self._as_text(row) for row in batch]
 
+    def spot_checks(self) -> list[str]:
+        """A few rows from all over the pool, or the first of a stream, to tell one pool from another."""
+        data = self.dataset
+        if self.known_length is None or not hasattr(data, "__getitem__"):
+            rows = next(self.rows(8))
+        else:
+            rows = [data[i] for i in sorted({i * (self.known_length - 1) // 15 for i in range(16)})]
+        return [repr(row if self.column is None else row[self.column]) for row in rows]
+
     def _iterated(self, batch_size: int, start: int) -> Iterator[list[Any]]:
         data = self.dataset
         if isinstance(data, Iterable) and not (isinstance(data, Sequence) or self._indexed):
@@ -114,6 +123,10 @@ class Pool:
             raise TypeError(f"a row is a {type(row).__name__} without {self.column!r}; rows must look like the first.")
         value = row[self.column]
         if self.column == "input_ids":
+            if self.tokenizer is None:
+                raise ValueError(
+                    "the dataset holds token ids and no text: give the tokenizer that wrote them (tokenizer=...)."
+                )
             return str(self.tokenizer.decode(value, skip_special_tokens=True))
         if isinstance(value, str):
             tail = row.get(_TAILS.get(self.column, ""), "")
@@ -150,7 +163,7 @@ def checksum(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _column(row: Any, text_column: str | None, tokenizer: Any) -> str | None:
+def _column(row: Any, text_column: str | None) -> str | None:
     if isinstance(row, str):
         return None
     if not isinstance(row, Mapping):
@@ -163,6 +176,4 @@ def _column(row: Any, text_column: str | None, tokenizer: Any) -> str | None:
     found = next((name for name in TEXT_COLUMNS if name in row), None)
     if found is None:
         raise ValueError(f"the dataset has the columns {names}; name the one with the text (text_column=...).")
-    if found == "input_ids" and tokenizer is None:
-        raise ValueError("the dataset holds token ids and no text: give the tokenizer that wrote them (tokenizer=...).")
     return found

@@ -108,7 +108,7 @@ class Run:
         array = np.asarray(wanted, np.float32)
         if array.ndim != 2 or len(array) != len(self.pool):
             raise ValueError(
-                f"features have the shape {array.shape}; expected one row for each of the {len(self.pool)} of the pool, "
+                f"features have the shape {array.shape}; expected one row for each of {len(self.pool)} in the pool, "
                 "or 'text' or 'model'."
             )
         if not np.isfinite(array).all():

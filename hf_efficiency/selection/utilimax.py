@@ -42,7 +42,7 @@ class UtiliMax:
             raise ValueError(f"min_weight={self.min_weight} must lie in [0, 1).")
 
     def weights(self, utility: NDArray[np.floating], sizes: NDArray[np.floating], budget: float) -> NDArray[np.float64]:
-        """Shares of the sources, (s,): they sum to one and maximise (1 − balance) · mean + balance · min over the tasks.
+        """Shares of the sources, (s,): they sum to one and maximise (1 − balance) · mean + balance · min over tasks.
 
         Args:
             utility: (s, e) or (s,); higher is better.

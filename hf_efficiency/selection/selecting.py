@@ -92,8 +92,8 @@ def select(
     Args:
         dataset: Texts or rows; see `Pool`. May be streamed if it can be read more than once.
         strategy: A name in `STRATEGIES`.
-        k: A number of rows, or a share of the pool as a float in (0, 1]. May be left out for strategies that draw a line
-            themselves: cleaning and classifiers.
+        k: A number of rows, or a share of the pool as a float in (0, 1]. May be left out for strategies that draw a
+            line themselves: cleaning and classifiers.
         model: A causal language model, for strategies that ask one; several (early checkpoints, say) are averaged over.
         tokenizer: The model's.
         target: Texts or rows of what is wanted, for strategies that have a goal.
@@ -125,7 +125,7 @@ def select(
         check_k(k, len(pool) if pool.known_length is not None or not isinstance(k, float) else 1 << 62)
     if "target" in row.needs:
         texts_of(target, tokenizer)
-    key = _key(strategy, values, pool, models, tokenizer, target, seed, max_length)
+    key = _key(strategy, values, pool, models, tokenizer, target, max_length)
     cache = None if cache_dir is None or not row.ranks else ScoreCache(cache_dir, key)
     run = Run(pool, values, models, tokenizer, target, seed, batch_size, max_length, cache, progress)
     start = time.perf_counter()
@@ -166,12 +166,11 @@ def _stored(dataset: Any, column: str) -> NDArray[np.floating] | None:
 
 def _key(strategy: str, values: dict[str, Any], pool: Pool, *parts: Any) -> str:
     """A checksum of what the scores depend on."""
-    models, tokenizer, target, seed, max_length = parts
-    first = next(pool.texts(1))[0]
+    models, tokenizer, target, max_length = parts
     described = [strategy, sorted((name, _described(value)) for name, value in values.items())]
-    described += [pool.column, getattr(pool.dataset, "_fingerprint", None) is None and pool.known_length, first]
+    described += [pool.column, pool.known_length, *pool.spot_checks()]
     described += [model_checksum(model) for model in models]
-    described += [type(tokenizer).__name__, max_length if models else None, seed]
+    described += [type(tokenizer).__name__ if models else None, max_length if models else None]
     if target is not None:
         described.append(texts_of(target, tokenizer))
     return checksum(*described)
@@ -205,10 +204,12 @@ def _quantiles(scores: NDArray[np.floating], indices: NDArray[np.int64]) -> dict
     at = [0.0, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0]
     chosen = scores[indices]
     chosen = chosen[np.isfinite(chosen)]
+
+    def quantiles(values: NDArray[np.floating]) -> dict[str, float]:
+        return dict(zip(map(str, at), np.quantile(values, at).tolist(), strict=True)) if len(values) else {}
+
     return {
         "unscored": int((~finite).sum()),
-        "quantiles": dict(zip(map(str, at), np.quantile(scores[finite], at).tolist(), strict=True)),
-        "quantiles_chosen": dict(zip(map(str, at), np.quantile(chosen, at).tolist(), strict=True))
-        if len(chosen)
-        else {},
+        "quantiles": quantiles(scores[finite]),
+        "quantiles_chosen": quantiles(chosen),
     }
