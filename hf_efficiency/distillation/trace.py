@@ -74,7 +74,7 @@ def trace(
     captured: list[Tensor] = []
     states: dict[int, Tensor] = {}
     with ExitStack() as stack:
-        stack.enter_context(_head_input(model.get_output_embeddings(), captured, whole=full_logits))
+        stack.enter_context(_head_input(model.get_output_embeddings(), captured, None if full_logits else length))
         if layers:
             blocks = decoder_blocks(model)
             for i in layers:
@@ -95,10 +95,12 @@ def trace(
 
 
 @contextmanager
-def _head_input(head: nn.Module, captured: list[Tensor], *, whole: bool) -> Iterator[None]:
+def _head_input(head: nn.Module, captured: list[Tensor], length: int | None) -> Iterator[None]:
+    """Keeps what the head is given; with a length, the head sees only the first of so many last tokens."""
+
     def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         captured.append(args[0])
-        return None if whole else (args[0][:, :1], *args[1:])
+        return None if length is None else (args[0][:, -length:][:, :1], *args[1:])
 
     handle = head.register_forward_pre_hook(hook)
     try:

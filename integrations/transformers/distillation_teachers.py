@@ -48,14 +48,21 @@ class Teachers:
                 raise TypeError(
                     f"A teacher is a {type(one).__name__}; give a model, its name or folder, or a TeacherCache."
                 )
-        self._check()
+        self._check(student)
         self.index = 0
         self._current: ModelTeacher | CachedTeacher | None = None
 
-    def _check(self) -> None:
+    def _check(self, student: nn.Module) -> None:
         args = self.args
         if not self.chain:
             raise ValueError("The chain of teachers is empty.")
+        trained = {id(p) for p in student.parameters() if p.requires_grad}
+        for one in (one for one in self.chain if isinstance(one, nn.Module)):
+            if any(id(p) in trained for p in one.parameters()):
+                raise ValueError(
+                    "The teacher shares trained weights with the student: pass a copy (copy.deepcopy), or no teacher "
+                    "and ema_decay, so that the student's average teaches."
+                )
         starts = args.teacher_starts
         if starts is not None and len(starts) != len(self.chain):
             raise ValueError(f"teacher_starts has {len(starts)} entries for {len(self.chain)} teachers.")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, HfArgumentParser, TrainerCallback, TrainingArguments
 
@@ -276,6 +276,21 @@ def test_quantized_teacher_and_student_with_adapters(tiny_llama_dir, tmp_path, q
     assert trainer.features.layer_map == ((0, 0), (1, 1))
 
 
+def test_student_with_virtual_tokens(student, teacher, tmp_path):
+    """Prompt tuning puts tokens before the text, which have no labels; the head is still taken out."""
+    model = get_peft_model(student, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    trainer = DistillTrainer(model, teacher, config(tmp_path), train_dataset=ROWS)
+    batch = batch_of(ROWS[:4])
+    valid, inputs = batch["labels"][:, 1:] != -100, {k: batch[k] for k in ("input_ids", "attention_mask")}
+    q, p = (
+        model(**inputs).logits[:, 3:-1][valid].log_softmax(-1),
+        teacher(**inputs).logits[:, :-1][valid].log_softmax(-1),
+    )
+    expected = F.kl_div(q, p, reduction="batchmean", log_target=True)
+    torch.testing.assert_close(trainer.compute_loss(model, batch), expected, rtol=1e-4, atol=1e-6)
+    assert trainer._plain_student
+
+
 def test_student_that_is_aware_of_its_quantization(student, teacher, tmp_path):
     """Weights rounded in the forward pass, with straight-through gradients, head included."""
 
@@ -477,6 +492,7 @@ def test_trainer_refuses(student, teacher, tiny_tokenizer, texts, tmp_path):
         ((teacher, {"ema_decay": 0.9}), {}, ValueError, "Both teacher_model and ema_decay are given"),
         ((3, {}), {}, TypeError, "A teacher is a int; give a model"),
         (([], {}), {}, ValueError, "The chain of teachers is empty"),
+        ((student, {}), {}, ValueError, "shares trained weights with the student: pass a copy"),
         (([teacher] * 2, {"teacher_starts": [0.0]}), {}, ValueError, "teacher_starts has 1 entries for 2 teachers"),
         (([teacher] * 2, {"hidden_weight": 1.0}), {}, ValueError, "match the blocks of one teacher"),
         ((teacher, {}), {"train_dataset": []}, ValueError, "train_dataset is empty"),
