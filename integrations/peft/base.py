@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_efficiency.adapters.base import BaseLinear, LinearAdapter
+from hf_efficiency.adapters.sublayers import block_names
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -25,7 +26,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import dequantize_module_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
 
 @dataclass
@@ -90,6 +91,28 @@ def check_rank(name: str, r: int, base: BaseLinear) -> None:
             f"r={r} is above {bound}, the rank of {name} ({base.out_features} x {base.in_features}): choose a smaller "
             "r or leave the layer out with exclude_modules."
         )
+
+
+def in_chosen_blocks(model: nn.Module, names: Iterable[str], config: LinearAdapterConfig) -> set[str]:
+    """Those of the names that lie in the blocks of `layers_to_transform`; all where it is None.
+
+    PEFT itself ignores that field for layers that are named in full, as what is found by structure is.
+
+    Raises:
+        ValueError: There are none.
+    """
+    wanted = config.layers_to_transform
+    if wanted is None:
+        return set(names)
+    blocks = block_names(model)
+    indices = {wanted} if isinstance(wanted, int) else set(wanted)
+    prefixes = tuple(f"{block}." for index, block in enumerate(blocks) if index in indices)
+    chosen = {name for name in names if name.startswith(prefixes)}
+    if not chosen:
+        raise ValueError(
+            f"layers_to_transform={wanted!r} names no block of the model, which has {len(blocks)}, from 0."
+        )
+    return chosen
 
 
 class AdapterLinear(nn.Module, BaseTunerLayer):
@@ -218,6 +241,7 @@ class LinearAdapterTuner(BaseTuner):
         """The layers that match, by name; bad targets are refused here, before the model changes."""
         if config.target_modules == "all-linear":
             _maybe_include_all_linear_layers(config, model)
+            config.target_modules = in_chosen_blocks(model, config.target_modules, config)
         modules = {
             name: module
             for name, module in model.named_modules()

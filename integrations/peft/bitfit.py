@@ -12,8 +12,14 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_efficiency.adapters.bitfit import BitFit
 from hf_efficiency.adapters.sublayers import find_attention, find_feedforward
-from hf_efficiency.integrations.peft.base import AdapterLinear, LinearAdapterConfig, LinearAdapterTuner, linear_of
-from hf_efficiency.integrations.peft.sublayers import check_choice, in_chosen_blocks
+from hf_efficiency.integrations.peft.base import (
+    AdapterLinear,
+    LinearAdapterConfig,
+    LinearAdapterTuner,
+    in_chosen_blocks,
+    linear_of,
+)
+from hf_efficiency.integrations.peft.sublayers import check_choice
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,

@@ -6,17 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_efficiency.adapters.bottleneck import ACTIVATIONS
-from hf_efficiency.adapters.sublayers import block_names, find_attention, find_feedforward
+from hf_efficiency.adapters.sublayers import find_attention, find_feedforward
 from hf_efficiency.integrations.peft.base import (
     LinearAdapterConfig,
     LinearAdapterTuner,
     check_dropout,
     check_positive,
+    in_chosen_blocks,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch import nn
 
     from hf_efficiency.adapters.base import BaseLinear
@@ -94,25 +93,3 @@ class SublayerTuner(LinearAdapterTuner):
                 found += find_attention(model)
             config.target_modules = in_chosen_blocks(model, [sublayer.output for sublayer in found], config)
         return super()._targets(model, config)
-
-
-def in_chosen_blocks(model: nn.Module, names: Iterable[str], config: LinearAdapterConfig) -> set[str]:
-    """Those of the names that lie in the blocks of `layers_to_transform`; all where it is None.
-
-    PEFT itself ignores that field for layers that are named in full, as what is found by structure is.
-
-    Raises:
-        ValueError: There are none.
-    """
-    wanted = config.layers_to_transform
-    if wanted is None:
-        return set(names)
-    blocks = block_names(model)
-    indices = {wanted} if isinstance(wanted, int) else set(wanted)
-    prefixes = tuple(f"{block}." for index, block in enumerate(blocks) if index in indices)
-    chosen = {name for name in names if name.startswith(prefixes)}
-    if not chosen:
-        raise ValueError(
-            f"layers_to_transform={wanted!r} names no block of the model, which has {len(blocks)}, from 0."
-        )
-    return chosen

@@ -6,11 +6,20 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
-from hf_efficiency import BitFitConfig, BottleneckConfig, CompacterConfig, IntrinsicConfig, SNELLConfig, merge_adapters
+from hf_efficiency import (
+    BitFitConfig,
+    BottleneckConfig,
+    CompacterConfig,
+    IntrinsicConfig,
+    NF4Config,
+    SNELLConfig,
+    merge_adapters,
+)
 from tests import tiny
 from tests.families import build_family
-from tests.integrations.peft.conftest import logits, relative
+from tests.integrations.peft.conftest import logits, packed_layers, relative
 
 TYPES = {
     "houlsby": lambda: BottleneckConfig(bottleneck_size=8, task_type="CAUSAL_LM"),
@@ -151,7 +160,7 @@ def test_merges_and_unmerges(kind):
     assert not [name for name, _ in merged.named_parameters() if "adapter" in name]
 
 
-@pytest.mark.parametrize("kind", set(TYPES) - set(MERGEABLE) | {"bitfit"})
+@pytest.mark.parametrize("kind", sorted(set(TYPES) - set(MERGEABLE) | {"bitfit"}))
 def test_what_cannot_be_merged_says_so(kind):
     model = adapt(kind, build_family("qwen2"))  # whose feed-forward has no biases to merge into
     expected = logits(model, TOKENS)
@@ -161,11 +170,39 @@ def test_what_cannot_be_merged_says_so(kind):
         assert torch.equal(logits(model, TOKENS), expected)
 
 
-def test_bitfit_merges_into_a_quantized_layer_too():
-    base = build_family("gpt2")
-    model = adapt("bitfit", base)
+@pytest.fixture(scope="module")
+def packed_gpt2(tmp_path_factory):
+    """Folder of a GPT-2 in NF4: packed layers in place of transposed weights, all with biases."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    build_family("gpt2").save_pretrained(folder / "dense")
+    model = AutoModelForCausalLM.from_pretrained(folder / "dense", quantization_config=NF4Config())
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_on_a_packed_gpt2(kind, packed_gpt2, our_loaders, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(packed_gpt2, dtype=torch.float32)
+    assert packed_layers(base)
+    before = logits(base, TOKENS)
+    torch.manual_seed(0)
+    model = get_peft_model(base, TYPES[kind]())
+    assert torch.equal(logits(model, TOKENS), before)
+    shake(model)
     expected = logits(model, TOKENS)
-    assert relative(logits(merge_adapters(model), TOKENS), expected) < 3e-6
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    assert all(parameter.grad.any() for parameter in trained(model))
+    model.save_pretrained(tmp_path)
+    fresh = AutoModelForCausalLM.from_pretrained(packed_gpt2, dtype=torch.float32)
+    again = PeftModel.from_pretrained(fresh, tmp_path)
+    assert torch.equal(logits(again, TOKENS), expected)
+    if kind == "bitfit":  # its biases are dense
+        again.merge_adapter()
+        assert relative(logits(again, TOKENS), expected) < 3e-6
+        again.unmerge_adapter()
+        assert torch.equal(logits(again, TOKENS), expected)
+    if kind in MERGEABLE:
+        assert relative(logits(merge_adapters(again), TOKENS), expected) < 3e-6
 
 
 def test_broken_biases_are_not_merged():
@@ -177,8 +214,6 @@ def test_broken_biases_are_not_merged():
 
 @pytest.mark.parametrize("kind", ["houlsby", "compacter", "snell", "bitfit", "intrinsic"])
 def test_modules_to_save_and_auto_class(kind, tiny_llama_dir, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     config = TYPES[kind]()
     config.modules_to_save = ["lm_head"]
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_llama_dir), config)
@@ -187,6 +222,13 @@ def test_modules_to_save_and_auto_class(kind, tiny_llama_dir, tmp_path):
     model.save_pretrained(tmp_path)
     again = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, TOKENS), expected)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_transformers_loads_it_without_peft(kind, tiny_llama_dir, tmp_path):
+    model = adapt(kind, AutoModelForCausalLM.from_pretrained(tiny_llama_dir))
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path), TOKENS), logits(model, TOKENS))
 
 
 def test_counts_are_the_papers():
@@ -261,7 +303,7 @@ def test_compacter_holds_its_slow_weights_once(tmp_path):
     assert slow == ["base_model.model.model.layers.0.self_attn.o_proj.compacter_adapter.slow"]
 
 
-@pytest.mark.parametrize("kind", ["houlsby", "parallel", "compacter", "bitfit"])
+@pytest.mark.parametrize("kind", ["houlsby", "parallel", "bottleneck-everywhere", "compacter", "snell", "bitfit"])
 def test_blocks_are_chosen_and_places_stay(kind, tmp_path):
     config = TYPES[kind]()
     config.layers_to_transform = [1]
