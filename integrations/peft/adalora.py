@@ -65,7 +65,7 @@ class AdaLoRACallback(TrainerCallback):
         first = sum(directions.e.numel() for directions in self._matrices.values())
         last = config.target_r * len(self._matrices)
         schedule = BudgetSchedule(state.max_steps, config.tinit, config.tfinal, config.deltaT, first, last)
-        importance = self.importance or getattr(config, "importance", "sensitivity")
+        importance: Any = self.importance or getattr(config, "importance", "sensitivity")
         self._allocator = RankAllocator(self._matrices, schedule, importance, config.beta1, config.beta2)
         if self.orth_reg_weight is None:
             self.orth_reg_weight = config.orth_reg_weight
@@ -119,10 +119,11 @@ def _trained_matrices(model: nn.Module) -> tuple[str, dict[str, Directions], dic
     matrices: dict[str, Directions] = {}
     for layer, module in model.named_modules():
         if isinstance(module, AdaLoraLayer):
-            for adapter_name, e in module.lora_E.items():
+            vectors: Any = module
+            for adapter_name, e in vectors.lora_E.items():
                 if e.requires_grad:
                     name = adapter_name
-                    directions = Directions(e, module.lora_A[name], module.lora_B[name])
+                    directions = Directions(e, vectors.lora_A[name], vectors.lora_B[name])
                     matrices[layer.removeprefix("base_model.model.")] = directions
     if not matrices:
         kinds = sorted({type(config).__name__ for config in getattr(model, "peft_config", {}).values()})

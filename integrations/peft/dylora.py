@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hf_efficiency.adapters.dylora import DyLoRA, NestedRank
 from hf_efficiency.integrations.peft.base import (
@@ -100,7 +100,7 @@ class DyLoRAModel(LinearAdapterTuner):
         name = self._adapter(r, adapter_name)
         for adapter in self._layers(name):
             adapter.rank.used = r
-        self.peft_config[name].used_rank = r
+        self._config(name).used_rank = r
 
     def truncate_rank(self, r: int, adapter_name: str | None = None) -> None:
         """Drops everything above rank r from an adapter: what is saved and trained from here on is smaller.
@@ -109,7 +109,7 @@ class DyLoRAModel(LinearAdapterTuner):
             ValueError: r is not one of its ranks, or it is merged.
         """
         name = self._adapter(r, adapter_name)
-        config = self.peft_config[name]
+        config = self._config(name)
         for adapter in self._layers(name):
             adapter.truncate(r)
             adapter.rank.largest = adapter.rank.used = adapter.rank.drawn = r
@@ -122,11 +122,15 @@ class DyLoRAModel(LinearAdapterTuner):
         name: str = adapter_name or self.active_adapters[0]
         if name not in self.peft_config:
             raise ValueError(f"there is no adapter {name!r}; there are {', '.join(self.peft_config)}.")
-        if not 1 <= r <= self.peft_config[name].r:
-            raise ValueError(f"rank {r} must be between 1 and {self.peft_config[name].r}, the rank of {name!r}.")
+        largest = self._config(name).r
+        if not 1 <= r <= largest:
+            raise ValueError(f"rank {r} must be between 1 and {largest}, the rank of {name!r}.")
         if any(isinstance(m, DyLoRALinear) and name in m.merged_adapters for m in self.model.modules()):
             raise ValueError(f"adapter {name!r} is merged at another rank: call unmerge_adapter() first.")
         return name
+
+    def _config(self, name: str) -> Any:
+        return self.peft_config[name]
 
     def _layers(self, name: str) -> list[DyLoRA]:
         return [m.adapters[name] for m in self.model.modules() if isinstance(m, DyLoRALinear) and name in m.adapters]

@@ -75,7 +75,7 @@ def _watch_adalora(parent: nn.Module, name: str, module: nn.Module | None) -> No
     if not isinstance(module, AdaLoraModel) or not hasattr(module, "trainable_adapter_name"):
         return
     adapter = module.trainable_adapter_name
-    layers = [m for m in module.model.modules() if isinstance(m, AdaLoraLayer) and adapter in m.lora_E]
+    layers: list[Any] = [m for m in module.model.modules() if isinstance(m, AdaLoraLayer) and adapter in m.lora_E]
     if layers and not any(isinstance(hook, TrainingWatch) for hook in layers[0]._forward_pre_hooks.values()):
         message = (
             "this AdaLoRA model is trained and nobody allocates its budget: no rank is reduced. Add "
