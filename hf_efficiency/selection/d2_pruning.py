@@ -50,10 +50,10 @@ class D2:
 
     def allowed(self, losses: NDArray[np.floating], k: int) -> NDArray[np.bool_]:
         """The rows between both ends, (n,); the ends shrink together where k asks for more than is left."""
-        n = len(losses)
-        shrink = min(1.0, (n - k) / max(1e-9, (self.drop_easy + self.drop_hard) * n))
-        # never so much that fewer than k are left
-        easy, hard = int(shrink * self.drop_easy * n), int(shrink * self.drop_hard * n)
+        n, share = len(losses), self.drop_easy + self.drop_hard
+        dropped = min(n - k, round(share * n))
+        hard = round(dropped * self.drop_hard / share) if share else 0
+        easy = dropped - hard
         order = np.argsort(losses, kind="stable")
         kept = np.zeros(n, bool)
         kept[order[easy : n - hard]] = True

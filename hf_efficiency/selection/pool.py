@@ -69,7 +69,7 @@ class Pool:
         if isinstance(data, list | tuple):
             for i in range(start, len(data), batch_size):
                 yield list(data[i : i + batch_size])
-        elif hasattr(data, "column_names") and hasattr(data, "__getitem__"):
+        elif hasattr(data, "column_names") and self._indexed:
             for i in range(start, len(data), batch_size):
                 columns = data[i : min(i + batch_size, len(data))]
                 names = list(columns)
@@ -84,20 +84,20 @@ class Pool:
             TypeError: a row holds something else.
         """
         data, column = self.dataset, self.column
-        if hasattr(data, "column_names") and hasattr(data, "__getitem__") and column not in (*_TAILS, None):
+        if hasattr(data, "column_names") and self._indexed and column not in (*_TAILS, None):
             # only the one column is read
             values = data.select_columns([column]) if hasattr(data, "select_columns") else data
             for i in range(start, len(data), batch_size):
                 batch = values[i : min(i + batch_size, len(data))][column]
-                yield [self._as_text({column: value}) for value in batch]
+                yield [self.as_text({column: value}) for value in batch]
             return
         for batch in self.rows(batch_size, start):
-            yield [self._as_text(row) for row in batch]
+            yield [self.as_text(row) for row in batch]
 
     def spot_checks(self) -> list[str]:
         """A few rows from all over the pool, or the first of a stream, to tell one pool from another."""
         data = self.dataset
-        if self.known_length is None or not hasattr(data, "__getitem__"):
+        if self.known_length is None or not self._indexed:
             rows = next(self.rows(8))
         else:
             rows = [data[i] for i in sorted({i * (self.known_length - 1) // 15 for i in range(16)})]
@@ -116,7 +116,12 @@ class Pool:
     def _indexed(self) -> bool:
         return hasattr(self.dataset, "__getitem__") and hasattr(self.dataset, "__len__")
 
-    def _as_text(self, row: Any) -> str:
+    def as_text(self, row: Any) -> str:
+        """The text of a row.
+
+        Raises:
+            TypeError: it has none.
+        """
         if isinstance(row, str):
             return row
         if not isinstance(row, Mapping) or self.column is None or self.column not in row:

@@ -54,12 +54,16 @@ class SimHash:
         parts = [(self.fingerprints(texts), _with_words(texts)) for texts in batches]
         prints = np.concatenate([part for part, _ in parts]) if parts else np.empty(0, np.uint64)
         filled = np.flatnonzero(np.concatenate([words for _, words in parts])) if parts else np.empty(0, np.int64)
+        return self.joined(prints, filled)
+
+    def joined(self, prints: NDArray[np.uint64], rows: NDArray[np.int64]) -> Clusters:
+        """Groups of fingerprints (n,); those that are not among `rows` stay alone."""
         clusters = Clusters(len(prints))
         # of max_distance + 1 blocks of bits at least one is free of differences
         edges = np.linspace(0, _BITS, self.max_distance + 2).astype(int)
         for low, high in pairwise(edges):
-            block = (prints[filled] >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
-            order = filled[np.argsort(block, kind="stable")]
+            block = (prints[rows] >> np.uint64(low)) & np.uint64((1 << int(high - low)) - 1)
+            order = rows[np.argsort(block, kind="stable")]
             self._join(clusters, prints, order, np.sort(block))
         return clusters
 
