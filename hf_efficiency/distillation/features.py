@@ -54,7 +54,7 @@ class FeatureLoss(nn.Module):
         losses, errors = [], []
         for (s, t), projection in zip(self.layer_map, self.projections, strict=True):
             target = teacher[t].detach().float()
-            ours = projection(student[s].to(projection.weight.dtype)).float()
+            ours = projection(student[s].float()).float()
             squares = (ours - target).square().sum(-1)
             relative = squares / target.square().sum(-1).clamp(min=1e-12)
             if self.kind == "cosine":

@@ -50,7 +50,8 @@ class OutputHead:
     @property
     def size(self) -> int:
         """V: logits of a token."""
-        return int(getattr(self.module, "out_features", None) or self.module.weight.shape[0])
+        weight: Any = self.module.weight
+        return int(getattr(self.module, "out_features", None) or weight.shape[0])
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -59,11 +60,12 @@ class OutputHead:
 
     def linear(self) -> tuple[Tensor, Tensor | None] | None:
         """Weight (V, d) and bias (V,) if the head is a plain product and nothing follows it."""
-        plain = type(self.module) is nn.Linear and not self.after
-        hooked = self.module._forward_hooks or self.module._forward_pre_hooks or hasattr(self.module, "_hf_hook")
-        if not plain or hooked or self.module.weight.is_meta:
+        module = self.module
+        if type(module) is not nn.Linear or self.after or module.weight.is_meta:
             return None
-        return self.module.weight, self.module.bias
+        if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+            return None
+        return module.weight, module.bias
 
     def agrees(self, hidden: Tensor, logits: Tensor) -> bool:
         """Whether this gives the logits (..., V) that the model itself gave for hidden (..., d)."""

@@ -18,6 +18,7 @@ from hf_efficiency.distillation.chunked import Job, chunked_loss
 from hf_efficiency.distillation.features import FeatureLoss
 from hf_efficiency.distillation.heads import LogitsHead, OutputHead
 from hf_efficiency.distillation.layer_map import LayerMap, cka, resolve_layer_map
+from hf_efficiency.distillation.losses import Objective
 from hf_efficiency.distillation.sampling import continue_prompts, prompts_of
 from hf_efficiency.distillation.teacher_cache import TeacherCache
 from hf_efficiency.distillation.teachers import CachedTeacher, ModelTeacher
@@ -39,7 +40,7 @@ from transformers.trainer_utils import EvalLoopOutput
 logger = logging.getLogger(__name__)
 
 _CHECKED_ROWS = 256  # rows of a dataset that are looked up in a cache before training
-_PROBE_TOKENS = 512  # tokens that layers are compared on
+_PROBE_ROWS, _PROBE_TOKENS = 8, 512  # of the data, that layers are compared on
 
 
 class DistillTrainer(Trainer):
@@ -84,7 +85,7 @@ class DistillTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}: DistillTrainer takes a DistillConfig.")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func has no part here: the loss is that of the DistillConfig.")
-        dataset = kwargs.get("train_dataset")
+        dataset: Any = kwargs.get("train_dataset")
         if hasattr(dataset, "__len__") and not len(dataset):
             raise ValueError("train_dataset is empty: there is nothing to distil on.")
         if data_collator is None:
@@ -94,8 +95,8 @@ class DistillTrainer(Trainer):
         if self.args.n_gpu > 1:
             raise ValueError("Several GPUs in one process are not supported: start with torchrun or accelerate launch.")
         self.args: DistillConfig
-        self.objective = args.objective()
-        self.teachers = Teachers(teacher_model, args, self.model, args.device)
+        self.objective: Objective = args.objective()
+        self.teachers = Teachers(teacher_model, args, self._student, args.device)
         self.teacher_processing_class = teacher_processing_class
         self.features: FeatureLoss | None = None
         self.monitor = Monitor()
@@ -150,20 +151,18 @@ class DistillTrainer(Trainer):
         return self.teachers.at(self.state.global_step / max(1, self.state.max_steps))
 
     def _layer_map(self, given: Any) -> LayerMap:
-        sizes = [len(decoder_blocks(model)) for model in (self._student, self.teacher.model)]
-        similarity = self._similarity(*sizes) if given == "similarity" else None
-        return resolve_layer_map(given, *sizes, similarity)
+        ours, theirs = (len(decoder_blocks(model)) for model in (self._student, self.teacher.model))
+        similarity = self._similarity(ours, theirs) if given == "similarity" else None
+        return resolve_layer_map(given, ours, theirs, similarity)
 
     @torch.no_grad()
     def _similarity(self, student_layers: int, teacher_layers: int) -> Tensor:
         """How alike blocks are (student, teacher), on the first rows of the data, the same in every process."""
         if self.train_dataset is None:
             raise ValueError("layer_map='similarity' needs a train_dataset.")
-        count = self.args.per_device_train_batch_size
-        rows = list(islice((self.train_dataset[i] for i in range(len(self.train_dataset))), count)) if hasattr(
-            self.train_dataset, "__getitem__"
-        ) else list(islice(iter(self.train_dataset), count))  # fmt: skip
-        batch = self._prepare_inputs(self._collated(rows))
+        dataset: Any = self.train_dataset
+        rows = (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__len__") else iter(dataset)
+        batch = self._prepare_inputs(self._collated(list(islice(rows, _PROBE_ROWS))))
         valid = valid_positions(batch)
         inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
         training = self._student.training
@@ -311,9 +310,9 @@ class DistillTrainer(Trainer):
         if not self.args.hidden_weight:
             return optimizer
         if self.features is None:
-            sizes = [m.config.get_text_config().hidden_size for m in (self._student, self.teacher.model)]
-            layer_map = self._layer_map(self.args.layer_map)
-            self.features = FeatureLoss(layer_map, *sizes, self.args.hidden_loss, self.args.seed).to(self.args.device)
+            d_s, d_t = (m.config.get_text_config().hidden_size for m in (self._student, self.teacher.model))
+            layer_map, args = self._layer_map(self.args.layer_map), self.args
+            self.features = FeatureLoss(layer_map, d_s, d_t, args.hidden_loss, args.seed).to(args.device)
         known = {id(p) for group in optimizer.param_groups for p in group["params"]}
         fresh = [p for p in self.features.parameters() if id(p) not in known]
         if fresh:

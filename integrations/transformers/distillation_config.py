@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from hf_efficiency.distillation.attention import ATTENTION_LOSSES
 from hf_efficiency.distillation.features import HIDDEN_LOSSES
@@ -48,7 +48,7 @@ class DistillConfig(TrainingArguments):
         monitor: Log how close the student is to the teacher: on steps that are logged, and in evaluation.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012  # as the base class has it
         *TrainingArguments._VALID_DICT_FIELDS,
         *("teacher_init_kwargs", "divergence", "layer_map", "attention_map"),
     ]

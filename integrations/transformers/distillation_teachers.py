@@ -104,7 +104,7 @@ class Teachers:
         if isinstance(one, TeacherCache):
             return CachedTeacher(one)
         if isinstance(one, str):
-            one = AutoModelForCausalLM.from_pretrained(one, **dict(self.args.teacher_init_kwargs or {}))
+            one = AutoModelForCausalLM.from_pretrained(one, **self._loading())
         place = self.args.teacher_device or (None if _stays(one) else self.device)
         if one is not getattr(self.ema, "model", None):
             for parameter in one.parameters():
@@ -112,6 +112,12 @@ class Teachers:
             if place is not None:
                 one = one.to(place)
         return ModelTeacher(one)
+
+    def _loading(self) -> dict[str, Any]:
+        given = self.args.teacher_init_kwargs or {}
+        if isinstance(given, str):
+            raise TypeError(f"teacher_init_kwargs={given!r} is no mapping.")
+        return given
 
     def tokenizer(self) -> Any:
         """The tokenizer beside the present teacher, if that was given by name."""

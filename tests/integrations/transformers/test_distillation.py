@@ -532,9 +532,9 @@ def test_batches_without_tokens(student, teacher, tmp_path):
         trainer.train()
 
 
-def test_a_model_without_a_head(student, tmp_path):
+def test_a_model_without_a_head(student, teacher, tmp_path):
     with pytest.raises(ValueError, match="has no output embeddings"):
-        DistillTrainer(student, student.model, config(tmp_path), train_dataset=ROWS)
+        DistillTrainer(student, teacher.model, config(tmp_path), train_dataset=ROWS)
 
 
 def test_gptq_teacher_by_name(student, tiny_llama_dir, tmp_path, our_loaders):
