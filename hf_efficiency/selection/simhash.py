@@ -59,6 +59,12 @@ class SimHash:
     def joined(self, prints: NDArray[np.uint64], rows: NDArray[np.int64]) -> Clusters:
         """Groups of fingerprints (n,); those that are not among `rows` stay alone."""
         clusters = Clusters(len(prints))
+        # equal ones are joined at once, and one of each is compared with others
+        order = rows[np.argsort(prints[rows], kind="stable")]
+        equal = np.concatenate([[False], prints[order[1:]] == prints[order[:-1]]]) if len(order) else np.empty(0, bool)
+        for i in np.flatnonzero(equal):
+            clusters.join(int(order[i - 1]), int(order[i]))
+        rows = np.sort(order[~equal])
         # of max_distance + 1 blocks of bits at least one is free of differences
         edges = np.linspace(0, _BITS, self.max_distance + 2).astype(int)
         for low, high in pairwise(edges):

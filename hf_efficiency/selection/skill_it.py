@@ -79,6 +79,8 @@ def check_graph(graph: NDArray[np.floating]) -> NDArray[np.float64]:
 def learn_graph(before: Sequence[float], after: NDArray[np.floating]) -> NDArray[np.float64]:
     """The graph from short runs: A_ij = max(0, (L_j before − L_j after training on i alone) / L_j before).
 
+    `Verification.losses` makes both arguments.
+
     Args:
         before: Losses of the evaluated skills before, (e,).
         after: The same after a few steps on each training skill alone, (s, e).

@@ -63,8 +63,8 @@ class Spool:
     def jaccard(self, left: NDArray[np.int64], right: NDArray[np.int64]) -> NDArray[np.float64]:
         """Jaccard similarity of each pair of documents' sets of shingles, (q,)."""
         self._shingles.flush()
-        counts = self.counts
-        sizes = np.cumsum(counts[left] + counts[right])
+        bounds = self.bounds
+        sizes = np.cumsum(bounds[left + 1] - bounds[left] + bounds[right + 1] - bounds[right])
         result = np.empty(len(left))
         start = 0
         while start < len(left):

@@ -58,8 +58,25 @@ class Verification:
         """
         if not candidates or not evaluation or not all(candidates.values()):
             raise ValueError("the check needs at least one candidate, batches in each of them, and evaluation batches.")
-        before = mean_loss(model, evaluation)
-        return {name: before - mean_loss(self._trained(model, data), evaluation) for name, data in candidates.items()}
+        before, after = self.losses(model, candidates, {"evaluation": evaluation})
+        return {name: before[0] - after[i][0] for i, name in enumerate(candidates)}
+
+    def losses(
+        self,
+        model: nn.Module,
+        candidates: Mapping[str, Sequence[Mapping[str, Any]]],
+        evaluations: Mapping[str, Sequence[Mapping[str, Any]]],
+    ) -> tuple[list[float], list[list[float]]]:
+        """Losses of each evaluation before, (e,), and after training on each candidate alone, (s, e).
+
+        They are what `skill_it.learn_graph` makes a skill graph of.
+        """
+        before = [mean_loss(model, batches) for batches in evaluations.values()]
+        after = []
+        for data in candidates.values():
+            trained = self._trained(model, data)
+            after.append([mean_loss(trained, batches) for batches in evaluations.values()])
+        return before, after
 
     def _trained(self, model: nn.Module, batches: Sequence[Mapping[str, Any]]) -> nn.Module:
         trained = copy.deepcopy(model).train()

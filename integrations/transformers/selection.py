@@ -81,7 +81,7 @@ class DataSelectionCallback(SteeringCallback):
         self._targeted = "target" in STRATEGIES[strategy].needs
         if self._targeted and scores is None:
             check_needs(strategy, True, True, target)
-        if every is not None and (scores is not None or strategy not in BATCH_SCORERS):
+        if every is not None and (scores is not None or strategy not in (*BATCH_SCORERS, "random")):
             what = "given scores" if scores is not None else f"the scores of {strategy!r}"
             raise ValueError(
                 f"every={every!r}: {what} do not change during training; leave it out, or use one of "
@@ -115,7 +115,17 @@ class DataSelectionCallback(SteeringCallback):
             check_scores(self._given)
         self._sum, self._rounds, self._features = None, 0, None
         tokenizer = getattr(processing_class, "tokenizer", processing_class)
-        self._run = Run(Pool(self.dataset, tokenizer=tokenizer), self.settings, (model,), tokenizer, self.target)
+        pool = Pool(self.dataset, tokenizer=tokenizer)
+        reads = self.strategy not in (*BATCH_SCORERS, "random") or (
+            self.settings.get("neighbors", 0) and self.settings["features"] == "text"
+        )
+        cure = "set neighbors=0" if self.strategy == "d2" else "give scores= made beforehand with select()"
+        if reads and self._given is None and pool.column == "input_ids" and tokenizer is None:
+            raise ValueError(
+                f"the strategy {self.strategy!r} reads texts, and the Trainer has no tokenizer to decode them: pass "
+                f"processing_class= to the Trainer, or {cure}."
+            )
+        self._run = Run(pool, self.settings, (model,), tokenizer, self.target)
 
     def _first_plan(self) -> Plan:
         return SubsetPlan(0, np.arange(len(self.dataset)), self.seed)

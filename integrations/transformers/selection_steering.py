@@ -130,7 +130,7 @@ class SteeringCallback(TrainerCallback):
     ) -> None:
         """Takes the sampler's place; restores the plans of a resumed run."""
         dataloader = kwargs["train_dataloader"]
-        self.seed = self._seed if self._seed is not None else (args.data_seed or args.seed)
+        self.seed = next(seed for seed in (self._seed, args.data_seed, args.seed) if seed is not None)
         self._args = args
         self._batches = attach(dataloader)
         self._sampler = self._batches.sampler

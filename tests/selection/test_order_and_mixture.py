@@ -137,6 +137,12 @@ def test_the_cheap_check_prefers_the_evaluations_own_kind():
     evaluation = [to_batch(torch.randint(10, 14, (4, 16), generator=generator).tolist(), "cpu")]
     before = copy.deepcopy(model.state_dict())
     gains = Verification(steps=8, learning_rate=5e-3).gains(model, {"same": [same], "other": [other]}, evaluation)
+    losses = Verification(steps=8, learning_rate=5e-3).losses(
+        model, {"same": [same], "other": [other]}, {"same": evaluation, "other": [other]}
+    )
+    graph = learn_graph(losses[0], np.array(losses[1]))
+    assert graph[0, 0] > graph[0, 1]
+    assert graph[1, 1] > graph[1, 0]
     assert gains["same"] > 0.5
     assert gains["same"] > gains["other"] + 0.5
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -338,6 +338,19 @@ def test_values_of_another_dataset(dataset, tmp_path, callback, message):
         train(dataset, tmp_path, callback)
 
 
+@pytest.mark.parametrize(("strategy", "cure"), [("d2", "neighbors=0"), ("length", "scores= made beforehand")])
+def test_strategies_that_read_texts_need_a_tokenizer(dataset, tmp_path, strategy, cure):
+    with pytest.raises(ValueError, match=rf"has no tokenizer to decode them: pass processing_class= .*{cure}"):
+        train(dataset, tmp_path, DataSelectionCallback(strategy))
+
+
+def test_random_is_drawn_anew_each_epoch(dataset, tmp_path):
+    rows, _, _ = train(dataset, tmp_path, DataSelectionCallback("random", fraction=0.25, every="epoch"))
+    first, second = set(flat(rows)[:24]), set(flat(rows)[24:])
+    assert len(first) == len(second) == 6
+    assert first != second
+
+
 def test_nan_scores_stop_the_training(dataset, tmp_path):
     model = build_llama()
     with torch.no_grad():
