@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from hf_efficiency.demo import load_demo_model
     from hf_efficiency.distillation.cache_writer import cache_teacher
+    from hf_efficiency.distillation.sampling import write_sequences
     from hf_efficiency.distillation.student import make_student
     from hf_efficiency.distillation.teacher_cache import TeacherCache
     from hf_efficiency.integrations.peft import (
@@ -77,6 +78,7 @@ _EXPORTS = {
     "TeacherCache": "hf_efficiency.distillation.teacher_cache",
     "cache_teacher": "hf_efficiency.distillation.cache_writer",
     "make_student": "hf_efficiency.distillation.student",
+    "write_sequences": "hf_efficiency.distillation.sampling",
     "AdaDoRAConfig": "hf_efficiency.integrations.peft",
     "AdaLoRACallback": "hf_efficiency.integrations.peft",
     "BitFitConfig": "hf_efficiency.integrations.peft",
@@ -159,6 +161,7 @@ __all__ = [
     "prefer",
     "prepare_for_training",
     "select",
+    "write_sequences",
 ]
 
 
