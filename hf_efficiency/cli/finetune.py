@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         after, _ = training.held_out_loss(trainer, args.eval_rows)
         if training.is_main():
             with staged_folder(job.out) as staging:
-                model.save_pretrained(staging)
+                model.save_pretrained(str(staging))
                 tokenizer.save_pretrained(staging)
                 report = FinetuneReport(
                     losses=[float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry],

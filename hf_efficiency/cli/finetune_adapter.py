@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import hf_efficiency
 from hf_efficiency.cli.configs import parse_assignment
 from hf_efficiency.cli.options.finetune import QUANTIZERS
+from hf_efficiency.quantization.layers.base import QuantizedLinear
 
 if TYPE_CHECKING:
     import argparse
@@ -170,7 +171,5 @@ def callbacks(args: argparse.Namespace) -> list[TrainerCallback]:
 def parameters(model: PeftModel) -> tuple[int, int]:
     """(trainable parameters, weights that the whole model stands for)."""
     trainable, total = model.get_nb_trainable_parameters()
-    packed = sum(
-        m.in_features * m.out_features for m in model.modules() if hasattr(m, "W_q") and hasattr(m, "dequantize")
-    )
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, QuantizedLinear))
     return int(trainable), int(total + packed)

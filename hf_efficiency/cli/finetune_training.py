@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -93,7 +94,7 @@ def check_optimizer(name: str, device: str) -> None:
     if "8bit" not in name and not name.startswith("paged"):
         return
     try:
-        from bitsandbytes import optim
+        optim = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
         raise ImportError(f"--optimizer {name} is bitsandbytes': pip install bitsandbytes, or take adamw") from error
     weight = torch.nn.Parameter(torch.zeros(8192, device=device))
@@ -121,12 +122,12 @@ def build_trainer(
         ValueError: No row is left to train on or to measure.
     """
     from datasets import Dataset, disable_progress_bars
-    from trl import SFTConfig
 
+    trl = importlib.import_module("trl")
     disable_progress_bars()
     size, rounds = micro_batch(args)
     train, held_out, masks = _rows(args, data, tokenizer)
-    config = SFTConfig(
+    config = trl.SFTConfig(
         str(resume_folder(args)),
         per_device_train_batch_size=size,
         per_device_eval_batch_size=size,
@@ -207,9 +208,10 @@ def _rows(
 
 def _trainer_class() -> Any:
     from peft import load_peft_weights, set_peft_model_state_dict
-    from trl import SFTTrainer
 
-    class _Trainer(SFTTrainer):
+    trainer: Any = importlib.import_module("trl").SFTTrainer
+
+    class _Trainer(trainer):
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # The stock way makes the adapter anew, which types that learn a prompt refuse.
             target = model if model is not None else self.model

@@ -32,12 +32,13 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     The card then names the repository as the place to load from, in the folder too.
 
     Raises:
-        ValueError: the folder is no checkpoint, or the name is no Hub id.
+        ValueError: the folder is no checkpoint and no adapter, or the name is no Hub id.
         OSError: the Hub refuses (no token, no right) or cannot be reached.
     """
     from huggingface_hub import HfApi
 
-    if not (folder / "config.json").is_file():
+    adapter = (folder / "adapter_config.json").is_file()
+    if not adapter and not (folder / "config.json").is_file():
         raise ValueError(f"the folder {str(folder)!r} is no checkpoint: it has no config.json")
     api = HfApi()
     repo_id = api.create_repo(repo, private=private or None, exist_ok=True).repo_id
@@ -48,7 +49,7 @@ def upload(folder: Path, repo: str, *, private: bool) -> str:
     commit = api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        commit_message="Upload a checkpoint compressed by hf_efficiency",
+        commit_message=f"Upload {'an adapter trained' if adapter else 'a checkpoint compressed'} by hf_efficiency",
         ignore_patterns=["*.part"],
     )
     return str(commit.repo_url)

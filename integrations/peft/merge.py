@@ -10,6 +10,7 @@ import math
 import warnings
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,8 +69,9 @@ def merge_adapters(
         merge.undo()
         raise
     for wrapper, name in chosen.items():
-        wrapper._active_adapter = name or []  # `unload` keeps the active copy, or the original where there is none
-    base: PreTrainedModel = tuner.unload()
+        # `unload` keeps the active copy, or the original where there is none.
+        wrapper._active_adapter = name or []  # type: ignore[assignment]  # PEFT itself puts a name or a list there
+    base: Any = tuner.unload()
     undo_preparation(base)
     _finish(base, merge)
     return base
@@ -91,7 +93,7 @@ def _adapter_names(model: PeftModel | PeftMixedModel, given: list[str] | None) -
 
 def _tuner(model: PeftModel | PeftMixedModel, names: list[str]) -> BaseTuner:
     """The module that holds the adapted model. ValueError for types that change no weights."""
-    tuner = model.base_model
+    tuner: Any = model.base_model
     for name in names:
         config = model.peft_config[name]
         if config.is_prompt_learning or not isinstance(tuner, BaseTuner):
@@ -124,7 +126,7 @@ def _check_layers(layers: list[BaseTunerLayer], names: list[str]) -> None:
             )
     for layer in layers:
         for part in layer.adapter_layer_names:
-            holder = getattr(layer, part, None)
+            holder: Any = getattr(layer, part, None)
             for name in names if hasattr(holder, "keys") else []:
                 if name in holder.keys() and not _finite(holder[name]):  # noqa: SIM118  # not all are mappings
                     raise ValueError(f"adapter {name!r} holds NaN or infinity in {part}: it is broken, train it again.")
@@ -177,11 +179,11 @@ class _Merge:
     change: float = 0.0
     weight: float = 0.0
     worst: float = 0.0
-    _undo: list[tuple[BaseTunerLayer, nn.Module, nn.Module, list[str]]] = field(default_factory=list)
+    _undo: list[tuple[BaseTunerLayer, Any, nn.Module, list[str]]] = field(default_factory=list)
 
     def into(self, layer: BaseTunerLayer) -> None:
         """Merges one layer's adapters."""
-        holder: nn.Module = layer
+        holder: Any = layer
         while isinstance(holder.base_layer, BaseTunerLayer):
             holder = holder.base_layer
         base = holder.base_layer
@@ -197,10 +199,10 @@ class _Merge:
         if isinstance(base, QuantizedLinear):
             holder.base_layer = self._stored(base, holder.base_layer)
 
-    def _stored(self, old: QuantizedLinear, merged: nn.Module) -> nn.Module:
+    def _stored(self, old: QuantizedLinear, merged: nn.Linear) -> nn.Module:
         """The merged layer as it stays."""
         weight: Tensor = merged.weight.detach()
-        bias: Tensor | None = None if merged.bias is None else merged.bias.detach()
+        bias = None if merged.bias is None else merged.bias.detach()
         if self.requantize:
             new = requantized(old, weight, bias)
             self._record(exact_weight(old), weight, exact_weight(new))
@@ -259,7 +261,7 @@ def _finish(base: PreTrainedModel, merge: _Merge) -> None:
         for name, module in list(base.named_modules()):
             if isinstance(module, QuantizedLinear):
                 replace_module(base, name, dense_layer(module))
-            elif id(module) in merge.packed and merge.packed[id(module)].conv1d:
+            elif isinstance(module, nn.Linear) and id(module) in merge.packed and merge.packed[id(module)].conv1d:
                 replace_module(base, name, _as_conv1d(module, merge.packed[id(module)]))
         quantizer = getattr(base, "hf_quantizer", None)
         if quantizer is not None:
@@ -267,7 +269,7 @@ def _finish(base: PreTrainedModel, merge: _Merge) -> None:
     _untie_config(base)
 
 
-def _as_conv1d(linear: nn.Module, packed: QuantizedLinear) -> nn.Module:
+def _as_conv1d(linear: nn.Linear, packed: QuantizedLinear) -> nn.Module:
     """The `Conv1D` of a merged layer that the model has one for."""
     from transformers.pytorch_utils import Conv1D
 

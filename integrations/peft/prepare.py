@@ -13,7 +13,7 @@ _MARK = "_hf_efficiency_norm"
 
 
 def prepare_for_training(
-    model: PreTrainedModel,
+    model: nn.Module,
     gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
 ) -> PreTrainedModel:

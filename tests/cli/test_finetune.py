@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from hf_efficiency.cli import finetune_training as training
 from hf_efficiency.cli.arguments import build_parser
 from hf_efficiency.cli.finetune import _prepare
 from hf_efficiency.cli.finetune_data import read_data, turns
+from hf_efficiency.cli.publish import upload
 from tests.loaders import tables_kept
 
 ROOT = Path(__file__).parent.parent.parent
@@ -324,6 +326,26 @@ def test_turns():
         {"prompt": [user], "completion": [assistant]},
         {"prompt": [user, assistant, user], "completion": [assistant]},
     ]
+
+
+def test_push_of_an_adapter(tmp_path, monkeypatch):
+    """The card then names the repository as the place to load from."""
+    sent = {}
+
+    class Hub:
+        def create_repo(self, repo, **kwargs):
+            return SimpleNamespace(repo_id=repo)
+
+        def upload_folder(self, **kwargs):
+            sent.update(kwargs)
+            return SimpleNamespace(repo_url="https://hub/me/adapter")
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    (tmp_path / "README.md").write_text('PeftModel.from_pretrained(base, "path/to/this/folder")')
+    assert upload(tmp_path, "me/adapter", private=True) == "https://hub/me/adapter"
+    assert (tmp_path / "README.md").read_text() == 'PeftModel.from_pretrained(base, "me/adapter")'
+    assert sent["commit_message"] == "Upload an adapter trained by hf_efficiency"
 
 
 def test_missing_library_is_named(fails, monkeypatch, tiny_llama_dir, files, tmp_path):

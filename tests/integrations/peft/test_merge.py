@@ -163,6 +163,27 @@ def test_conv1d(requantize, tmp_path):
     assert torch.equal(logits(again, tokens), logits(merged, tokens))
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:peft")
+@pytest.mark.parametrize("family", ["gpt_neox", "opt", "gemma3", "phi3", "mixtral", "bloom"])
+def test_families(family, tmp_path):
+    """Biases, tied heads, fused projections; Mixtral's experts have adapters on 3-D weights that stay dense."""
+    families.build_family(family).save_pretrained(tmp_path / "dense")
+    config = RTNConfig(bits=8, group_size=16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=config)
+    lora = peft.LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, use_dora=family != "mixtral", lora_alpha=2
+    )
+    adapted = get_peft_model(model, lora)
+    tokens = torch.randint(3, 250, (2, 12), generator=torch.Generator().manual_seed(0))
+    expected = logits(adapted, tokens)
+    merged = merge_adapters(adapted)
+    assert relative(logits(merged, tokens), expected) < 3e-6
+    merged.save_pretrained(tmp_path / "merged")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), tokens), logits(merged, tokens)
+    )
+
+
 @pytest.mark.filterwarnings("ignore:Model with `tie_word_embeddings:UserWarning")
 @pytest.mark.parametrize("targets", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens", "q_proj"]])
 def test_tied_heads_are_parted(targets, load_base, base_tokens, tmp_path):
