@@ -37,10 +37,8 @@ def rows(share: float, context: int) -> dict[str, Make]:
         "random": lambda m: make_cache("random", m, budget=tokens),
         "StreamingLLM": lambda m: make_cache("streaming", m, sinks=4, window=tokens - 4, full_prefill=True),
         "TOVA": lambda m: make_cache("tova", m, budget=tokens),
-        "SnapKV": lambda m: make_cache("snapkv", m, budget=tokens, window=32),
-        "SnapKV, window 64": lambda m: make_cache("snapkv", m, budget=tokens, window=64),
+        "SnapKV": lambda m: make_cache("snapkv", m, budget=tokens, window=min(64, tokens // 2)),
         "H2O": lambda m: make_cache("h2o", m, budget=tokens),
-        "H2O, recent 0.2": lambda m: make_cache("h2o", m, budget=tokens, recent=0.2),
         "H2O, pyramid": lambda m: make_cache("h2o", m, budget=tokens, schedule="pyramid"),
     }
 

@@ -145,3 +145,24 @@ def ever_attended(mask: Tensor, positions: Tensor) -> Tensor:
 def attended(mask: Tensor) -> Tensor:
     """Which entries of a mask, boolean or additive, are open."""
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def parents_of(mask: Tensor | None, first: int, t: int) -> tuple[list[int], list[int]]:
+    """The tree that the last t tokens form under a mask, from the first row and head.
+
+    Args:
+        mask: (b or 1, 1 or h, t, s), boolean or additive, each token seeing its ancestors; None for a chain.
+        first: Position of the first of the t tokens.
+        t: Tokens.
+
+    Returns:
+        Of each token its parent, -1 for none among them, and its depth, 0 for a token without a parent.
+    """
+    if mask is None or t == 1:
+        return list(range(-1, t - 1)), list(range(t))
+    sees = attended(mask[0, 0, :, first:]).tolist()
+    parents = [max((j for j in range(i) if sees[i][j]), default=-1) for i in range(t)]
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(depths[parent] + 1 if parent >= 0 else 0)
+    return parents, depths

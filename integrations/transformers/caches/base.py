@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -74,6 +75,13 @@ class Layer(CacheLayerMixin):
 
     def start(self, key_states: Tensor, value_states: Tensor) -> None:
         """Makes the empty storage."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        """Accepts the last step, if it is still open."""
+
+    def accept(self, path: list[int], of: int) -> None:
+        """Of the last recorded step's `of` tokens, a tree, keeps those of one path, in order."""
         raise NotImplementedError
 
     def rows(self) -> int:
@@ -183,6 +191,36 @@ class EfficientCache(Cache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def accept(self, path: list[int], of: int) -> None:
+        """Ends a recorded step whose tokens formed a tree: `crop` for trees.
+
+        The step's 4-D mask must have shown each token its ancestors, and its position_ids must have been depths.
+
+        Args:
+            path: Which of the step's tokens stay, each the parent of the next; the same in all rows.
+            of: Tokens of the step.
+
+        Raises:
+            ValueError: Numbers that aren't ascending, or out of range.
+        """
+        if any(a >= b for a, b in pairwise([-1, *path, of])):
+            raise ValueError(f"The path {path} must ascend within 0 to {of - 1}.")
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                if layer.is_initialized:
+                    layer.accept(path, of)
+            elif isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states"):
+                index = torch.tensor(path, dtype=torch.int64, device=layer.keys.device)
+                for name in ("keys", "values"):
+                    whole = getattr(layer, name)
+                    kept = whole[:, :, whole.shape[2] - of :].index_select(2, index)
+                    setattr(layer, name, torch.cat((whole[:, :, : whole.shape[2] - of], kept), 2))
+                if hasattr(layer, "cumulative_length"):
+                    layer.cumulative_length -= of - len(path)
+                layer.crop(0)
+            else:
+                raise ValueError(f"{type(layer).__name__} holds a recurrent state, which can't follow a tree.")
+
     def nbytes(self) -> int:
         """Bytes of memory that the cache's tensors hold, measured: whole storages, each counted once."""
         storages = {}
@@ -200,6 +238,8 @@ class EfficientCache(Cache):
         """
         tensors, numbers = {}, []
         for i, layer in enumerate(self.layers):
+            if isinstance(layer, Layer):
+                layer.settle()
             for name, tensor in _tensors(layer).items():
                 tensors[f"{i}.{name}"] = tensor.contiguous().clone()
             numbers.append(_numbers(layer))

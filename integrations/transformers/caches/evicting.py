@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_efficiency.generation.caches.attention import attention_with_sums, query_blocks
 from hf_efficiency.generation.caches.budget import Budget, tokens_of
 from hf_efficiency.generation.caches.policies import Policy, choose, with_recent
-from hf_efficiency.generation.caches.slots import Slots, attended, ever_attended, slot_mask
+from hf_efficiency.generation.caches.slots import Slots, attended, ever_attended, parents_of, slot_mask
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
 from hf_efficiency.integrations.transformers.caches.base import Layer, cropped
 
@@ -44,6 +44,7 @@ class EvictingLayer(Layer):
         self.last = 0  # tokens of the step that `crop` may shorten; 0 when it is settled
         # Of a recorded draft: the tokens kept and their scores before it and after each of its tokens.
         self.history: list[tuple[Tensor, Tensor]] = []
+        self.places: Tensor | None = None  # of a recorded draft: positions, where a tree's tokens have those of depths
 
     def start(self, key_states: Tensor, value_states: Tensor) -> None:
         """No slots yet."""
@@ -103,6 +104,10 @@ class EvictingLayer(Layer):
             raise ValueError(f"{remove} tokens can't be taken back of {self.seen}.")
         self._settle(remove)
 
+    def settle(self) -> None:
+        """Accepts the last step."""
+        self._settle(0)
+
     def _settle(self, remove: int) -> None:
         """Ends the last step without its last `remove` tokens."""
         if remove == 0 and self.last == 0:
@@ -120,12 +125,31 @@ class EvictingLayer(Layer):
                 self._leave_after_prompt()
         self.history, self.last = [], 0
 
+    def accept(self, path: list[int], of: int) -> None:
+        """Keeps one path of the last step's tree.
+
+        Raises:
+            RuntimeError: The last step was no recorded draft of so many tokens.
+        """
+        if not self.history or self.places is None or self.last != of:
+            raise RuntimeError(f"There is no recorded draft of {of} tokens to accept a path of.")
+        slots = self._held()
+        kept, slots.scores = self.history[path[-1] + 1 if path else 0]
+        slots.positions = self.places
+        slots.keep(kept)
+        self.seen -= of - len(path)
+        slots.lengths -= of - len(path)
+        self._make_room()
+        self.history, self.last, self.places = [], 0, None
+
     def _leave_after_prompt(self) -> None:
         """Lets tokens leave until the budget holds, and gives their memory back."""
         slots = self._held()
         alive = slots.alive
         self.capacities = tokens_of(self.budget, slots.lengths.tolist())
-        kept = choose(self._priorities(slots.scores, self.seen - 1), alive, self._tensor(self.capacities))
+        kept = choose(
+            self._priorities(slots.scores, self.seen - 1, slots.positions), alive, self._tensor(self.capacities)
+        )
         self.evicted = self.evicted or bool((alive & ~kept).any())
         slots.keep(kept)
         size = int(kept.sum(2).max())
@@ -145,9 +169,9 @@ class EvictingLayer(Layer):
             slots.compact(most)
             self.free = 0
 
-    def _priorities(self, scores: Tensor, newest: int) -> Tensor:
+    def _priorities(self, scores: Tensor, newest: int, places: Tensor) -> Tensor:
         recent = self._tensor(self.policy.recent_tokens(self.capacities))
-        return with_recent(scores, self._held().positions, newest, recent)
+        return with_recent(scores, places, newest, recent)
 
     def _tensor(self, numbers: list[int]) -> Tensor:
         return torch.tensor(numbers, device=self.device)
@@ -166,7 +190,6 @@ class EvictingLayer(Layer):
 
     def tensors(self) -> dict[str, Tensor]:
         """Keys, values, positions, scores, lengths."""
-        self._settle(0)
         return self._held().tensors()
 
     def numbers(self) -> dict[str, Any]:
@@ -207,7 +230,7 @@ class _Step:
         if self.prompt:
             output = self._prompt(call, query, key, value, mask)
         else:
-            output = self._decode(call, query, key, value, slot_mask(mask, self.positions, first, t))
+            output = self._decode(call, query, key, value, mask)
         if not layer.record_past:
             layer._settle(0)
         return output
@@ -222,7 +245,11 @@ class _Step:
             seen = ever_attended(mask, self.positions)
             slots.keep(seen)
             real = seen.gather(2, self.new)[:, 0].long()
-        ranks = slots.lengths.unsqueeze(1) + real.cumsum(1) - 1
+        before = real.cumsum(1) - 1
+        if not self.prompt:
+            depths = parents_of(mask, layer.seen - t, t)[1]
+            before = torch.tensor(depths, device=real.device).expand(b, t) if real.shape[1] > 1 else before
+        ranks = slots.lengths.unsqueeze(1) + before
         slots.lengths += real.sum(1)
         slots.scores.scatter_(2, self.new, layer.policy.begin(ranks, (b, k, t), layer.index))
 
@@ -268,31 +295,39 @@ class _Step:
         weights = weights * sees
         return output, weights.float().reshape(b, heads, h // heads, t, n).sum((2, 3))
 
-    def _decode(self, call: Call, query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tensor:
-        """One query after the other, each seeing what those before it left."""
+    def _decode(self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """One query after the other, each seeing what its parent left: in a chain, the query before it."""
         layer, policy, slots, t = self.layer, self.layer.policy, self.layer._held(), query.shape[2]
-        alive, scores = slots.alive, slots.scores
-        history = [(alive & (slots.positions < layer.seen - t), scores)]
+        first = layer.seen - t
+        visible = slot_mask(mask, self.positions, first, t)
+        parents, depths = parents_of(mask, first, t)
+        places = slots.positions
+        if any(depth != i for i, depth in enumerate(depths)):
+            moved = torch.tensor(depths, dtype=torch.int32, device=places.device) + first
+            places = torch.where(places < first, places, moved[(places - first).clamp(min=0).long()])
+        layer.places = places
+        old = slots.alive & (slots.positions < first)
         scored = policy.scored_queries(1, prompt=False)
-        if not scored and not policy.evicts_while_decoding:
-            output = call(query, key, value, _hide(visible, alive))[0]
-            history += [(alive & (slots.positions <= layer.seen - t + i), scores) for i in range(t)]
-            layer.history = history
-            return output
+        history = [(old, slots.scores)]
+        together = not scored and not policy.evicts_while_decoding
         capacity, outputs = layer._tensor(layer.capacities), []
-        for i in range(t):
-            one, sees = query[:, :, i : i + 1], _hide(visible[:, :, i : i + 1], alive)
-            output, sums = self._weigh(call, one, key, value, sees, scored=scored > 0)
-            outputs.append(output)
-            newest = layer.seen - t + i
-            if sums is not None:
-                scores = policy.observe(scores, sums, slots.positions, newest, False)
-            arrived = slots.positions <= newest
-            kept = choose(layer._priorities(scores, newest), alive & arrived, capacity, excess=1)
-            history.append((kept, scores))
-            alive = kept | (alive & ~arrived)
+        for i, parent in enumerate(parents):
+            before, scores = history[parent + 1]
+            alive = before | (slots.alive & (slots.positions == first + i))
+            if not together:
+                one, sees = query[:, :, i : i + 1], _hide(visible[:, :, i : i + 1], alive)
+                output, sums = self._weigh(call, one, key, value, sees, scored=scored > 0)
+                outputs.append(output)
+                newest = first + depths[i]
+                if sums is not None:
+                    scores = policy.observe(scores, sums, places, newest, False)
+                alive = choose(layer._priorities(scores, newest, places), alive, capacity, excess=1)
+            history.append((alive, scores))
+        layer.history = history
+        if together:
+            return call(query, key, value, _hide(visible, slots.alive))[0]
         # Whether a token left is not asked of the device: from now on it may have.
-        layer.history, layer.evicted = history, layer.evicted or slots.size > max(layer.capacities)
+        layer.evicted = layer.evicted or slots.size > max(layer.capacities)
         return outputs[0] if t == 1 else torch.cat(outputs, 1)
 
 

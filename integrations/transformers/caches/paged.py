@@ -61,6 +61,14 @@ class PagedLayer(Layer):
             self.held().crop(remove)
             self.seen -= remove
 
+    def accept(self, path: list[int], of: int) -> None:
+        """Keeps one path of the last step's tree."""
+        keys, values = (x[:, :, x.shape[2] - of :][:, :, path] for x in self.held().dense())
+        self.crop(-of)
+        if path:
+            self.held().append(keys, values)
+        self.seen += len(path)
+
     def take(self, rows: Tensor) -> None:
         """Takes the batch's rows in this order."""
         self.held().select(rows.tolist())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_efficiency.generation.caches.kivi import KiviStore, value_group
-from hf_efficiency.generation.caches.slots import ever_attended, slot_mask
+from hf_efficiency.generation.caches.slots import ever_attended, parents_of, slot_mask
 from hf_efficiency.integrations.transformers.caches.attention import Call, can_attend, carry
 from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped
 from hf_efficiency.kernels.kv_attention import quantized_decode_attention
@@ -92,6 +92,18 @@ class QuantizedLayer(Layer):
         self.due = True
         self.settle()
 
+    def accept(self, path: list[int], of: int) -> None:
+        """Keeps one path of the last step's tree."""
+        store = self.held()
+        if of > min(store.full_precision()):
+            raise RuntimeError(f"There is no recorded draft of {of} tokens to accept a path of.")
+        chosen = [x[:, :, x.shape[2] - of :][:, :, path] for x in store.residual]
+        store.crop(of)
+        store.append(chosen[0], chosen[1])
+        self.seen -= of - len(path)
+        self.due = True
+        self.settle()
+
     def take(self, rows: Tensor) -> None:
         """Takes the batch's rows in this order."""
         self.settle()
@@ -104,7 +116,6 @@ class QuantizedLayer(Layer):
 
     def tensors(self) -> dict[str, Tensor]:
         """Codes, ranges, residual."""
-        self.settle()
         return self.held().tensors()
 
     def numbers(self) -> dict[str, Any]:
@@ -157,8 +168,8 @@ class _Step:
     def _draft(self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Each query sees tokens quantized that would be, had the tokens come one by one."""
         store, first = self.layer.held(), self.layer.seen - self.t
-        outputs = []
-        for due, numbers in groupby(range(self.t), lambda i: tuple(store.due(first + i))):
+        depths, outputs = parents_of(mask, first, self.t)[1], []
+        for due, numbers in groupby(range(self.t), lambda i: tuple(store.due(first + depths[i]))):
             queries = list(numbers)
             i, j = queries[0], queries[-1] + 1
             if j - i == self.t and not any(due):

@@ -79,6 +79,10 @@ class WindowLayer(Layer):
             )
         self._settle(remove)
 
+    def settle(self) -> None:
+        """Accepts the last step."""
+        self._settle(0)
+
     def _settle(self, remove: int) -> None:
         """Writes the last step into the ring without its last `remove` tokens."""
         fed, self.fed = self.fed, None
@@ -88,6 +92,19 @@ class WindowLayer(Layer):
         self.seen -= remove
         if end:
             self.held().write(fed.keys[:, :, :end], fed.values[:, :, :end], fed.start, fed.real[:, :end])
+
+    def accept(self, path: list[int], of: int) -> None:
+        """Keeps one path of the last step's tree.
+
+        Raises:
+            RuntimeError: The last step was not recorded, or had another number of tokens.
+        """
+        if self.fed is None or self.fed.real is None or self.fed.keys.shape[2] != of:
+            raise RuntimeError(f"There is no recorded draft of {of} tokens to accept a path of.")
+        fed = self.fed
+        fed.keys, fed.values, fed.real = fed.keys[:, :, path], fed.values[:, :, path], fed.real[:, path]
+        self.seen -= of - len(path)
+        self._settle(0)
 
     def take(self, rows: Tensor) -> None:
         """Takes the batch's rows in this order."""
@@ -100,9 +117,9 @@ class WindowLayer(Layer):
         self.ring = self.fed = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """The ring."""
-        self._settle(0)
-        return self.held().tensors()
+        """The ring, and what waits."""
+        waiting = {"waiting_keys": self.fed.keys, "waiting_values": self.fed.values} if self.fed is not None else {}
+        return {**self.held().tensors(), **waiting}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Takes what was saved."""

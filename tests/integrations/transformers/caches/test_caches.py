@@ -127,6 +127,38 @@ def test_a_draft_sees_what_its_tokens_would_see_alone(row, model, ids):
 
 
 @pytest.mark.parametrize("row", SMALL)
+def test_a_path_of_a_tree_is_as_alone(row, model, ids):
+    """Two branches in one forward, each as if it had come alone; the second is accepted, and the text goes on."""
+    start, parents = 20, [-1, 0, 0, 1, 2, 4]  # paths 0 1 3 and 0 2 4 5
+    tree = torch.randint(3, 384, (2, 6), generator=torch.Generator().manual_seed(2))
+    mask = torch.zeros(6, start + 6, dtype=torch.bool)
+    mask[:, :start] = True
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            mask[i] |= mask[parent]
+        mask[i, start + i] = True
+    depths = mask[:, start:].sum(1) - 1
+    cache = make(row, model)
+    feed(model, cache, ids[:, :start], [14, *[1] * 6], record=True)
+    form = mask.expand(2, 1, -1, -1)
+    if "eager" in model.config._attn_implementation:
+        form = torch.zeros(form.shape).masked_fill(~form, torch.finfo(torch.float32).min)
+    with torch.no_grad():
+        logits = model(tree, attention_mask=form, position_ids=(start + depths)[None], past_key_values=cache).logits
+    paths = {(0, 1, 3): None, (0, 2, 4, 5): None}
+    for path in paths:
+        text = torch.cat((ids[:, :start], tree[:, path], ids[:, start:26]), 1)
+        paths[path] = feed(model, make(row, model), text, [14, *[1] * (text.shape[1] - 14)])[:, start:]
+        torch.testing.assert_close(logits[:, path], paths[path][:, : len(path)], atol=2e-5, rtol=1e-4)
+    cache.accept([0, 2, 4, 5], of=6)
+    assert cache.get_seq_length() == start + 4
+    rest = feed(model, cache, ids[:, start:26], [1] * 6, record=True)
+    torch.testing.assert_close(rest, paths[0, 2, 4, 5][:, 4:], atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match=r"The path \[2, 1\] must ascend within 0 to 5"):
+        cache.accept([2, 1], of=6)
+
+
+@pytest.mark.parametrize("row", SMALL)
 def test_transformers_assisted_decoding(row, llama, ids):
     """The prompt has no n-gram twice, so that transformers' first step, of prompt and draft in one, has no draft."""
     llama.lm_head.weight.data[:] *= (torch.arange(384) % 24 == 0).float()[
@@ -257,6 +289,8 @@ def test_families(family):
             continue
         ours = model.generate(ids, past_key_values=make_cache(name, model), **options)
         assert torch.equal(plain.sequences, ours.sequences)
+        if name == "quantized":
+            assert difference(plain, ours) < 1e-5
     if family in ("falcon", "bloom"):
         with pytest.raises(ValueError, match="does not use transformers' attention interface"):
             make_cache("h2o", model)
@@ -270,6 +304,29 @@ def test_families(family):
         for i, pad in enumerate((0, 5)):
             alone = model.generate(ids[i : i + 1, pad:], past_key_values=make(row, model), **options)
             assert max(float((a[i] - b[0]).abs().max()) for a, b in zip(both.logits, alone.logits, strict=True)) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom"])
+def test_quantized_where_attention_is_the_models_own(family):
+    """These attend without transformers' interface; what is due is quantized at the next step."""
+    model = build_family(family, hidden_size=64)
+    ids = torch.randint(3, 250, (1, 40), generator=torch.Generator().manual_seed(0))
+    plain = model.generate(ids, max_new_tokens=6, **GREEDY)
+    cache = make_cache("quantized", model, bits=8, group_size=16, window=8)
+    ours = model.generate(ids, past_key_values=cache, max_new_tokens=6, **GREEDY)
+    assert cache.layers[0].store.groups == [2]
+    assert 0 < difference(plain, ours) < 0.2
+
+
+def test_counting_bytes_leaves_a_draft_open(llama, ids):
+    for row in SMALL:
+        cache = make(row, llama)
+        feed(llama, cache, ids[:, :20], [20], record=True)
+        with torch.no_grad():
+            llama(ids[:, 20:24], past_key_values=cache)
+        assert cache.nbytes() > 0
+        cache.crop(-4)
+        assert cache.get_seq_length() == 20
 
 
 def test_layers_that_slide_keep_their_own_cache():

@@ -41,7 +41,7 @@ def test_heads_that_are_alike_lose_nothing(tokens):
 def test_uptraining_lowers_the_loss_and_the_result_is_an_ordinary_checkpoint(tokens, tmp_path):
     model = tiny.build_llama(num_key_value_heads=4)
     norm = model.model.norm.weight.clone()
-    report = convert_attention(model, 1, calibration=tokens, seq_len=32, steps=12, learning_rate=5e-3)
+    report = convert_attention(model, 1, calibration=tokens, seq_len=32, steps=30, learning_rate=1e-2)
     assert report.loss_converted != pytest.approx(report.loss_before, abs=1e-3)
     assert report.loss_after < report.loss_converted - 0.05
     assert torch.equal(norm, model.model.norm.weight)
