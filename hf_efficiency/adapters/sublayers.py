@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from hf_efficiency.calibration.structure import fused_weights, is_conv1d
+from hf_efficiency.calibration.structure import dense_parameters, fused_weights, is_conv1d
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -131,7 +131,7 @@ def _linears(prefix: str, module: nn.Module) -> Iterator[tuple[str, tuple[int, i
 
 def _sizes(module: nn.Module) -> tuple[int, int] | None:
     if is_conv1d(module):
-        d_in, d_out = module.weight.shape  # type: ignore[union-attr, misc]
-        return int(d_in), int(d_out)
-    sizes = [getattr(module, name, None) for name in ("in_features", "out_features")]
-    return (sizes[0], sizes[1]) if all(isinstance(size, int) for size in sizes) else None
+        rows, columns = dense_parameters(module)[0].shape
+        return rows, columns
+    d_in, d_out = (getattr(module, name, None) for name in ("in_features", "out_features"))
+    return (d_in, d_out) if isinstance(d_in, int) and isinstance(d_out, int) else None

@@ -230,7 +230,7 @@ class LinearAdapterTuner(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter into the model. `_pre_injection_hook` would be too early: PEFT runs it for the first only."""
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         layers = self._targets(model, config)
         for name, base in layers.items():
             config.check_layer(name, base)

@@ -115,13 +115,14 @@ class BitFitLinear(AdapterLinear):
         Raises:
             ValueError: It has none.
         """
-        bias: Tensor | None = self.get_base_layer().bias
+        bias: Any = self.get_base_layer().bias
         if bias is None:
             raise ValueError(
                 f"adapter {name!r} added biases (add_bias=True), and the model has no place for them, so it cannot be "
                 "merged. Keep it as an adapter."
             )
-        return bias
+        own: Tensor = bias
+        return own
 
 
 class BitFitModel(LinearAdapterTuner):
@@ -147,7 +148,7 @@ class BitFitModel(LinearAdapterTuner):
 
     def _create_and_replace(
         self,
-        peft_config: BitFitConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -178,9 +179,10 @@ def _find_biases(model: nn.Module, config: BitFitConfig) -> set[str]:
             queries = [name for name in attention.inputs if name.rpartition(".")[2].startswith("q")]
             names.update(queries or attention.inputs[:1])
     else:
-        probe = copy.copy(config)
+        probe: Any = copy.copy(config)
         probe.target_modules = "all-linear"
-        names = set(_maybe_include_all_linear_layers(probe, model).target_modules)
+        _maybe_include_all_linear_layers(probe, model)
+        names = set(probe.target_modules)
         names = {name for name in names if not _is_norm(_without_adapters(model.get_submodule(name)))}
         if config.biases == "all":
             inside = [name for name, module in model.named_modules() if ".base_layer" not in name]

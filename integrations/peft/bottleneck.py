@@ -82,7 +82,7 @@ class BottleneckModel(SublayerTuner):
 
     def _create_and_replace(
         self,
-        peft_config: BottleneckConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
