@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
             needs = f" (needs {', '.join(sorted(strategy.needs))})" if strategy.needs else ""
             print(f"{name:<20}{strategy.summary}{needs}")
         return 0
-    settings = settings_of(args.strategy, {}) | dict(map(parse_assignment, args.set))
+    settings = dict(map(parse_assignment, args.set))
     settings_of(args.strategy, settings)
     output = _checked_output(args)
     check_needs(args.strategy, args.model, args.model, args.target)

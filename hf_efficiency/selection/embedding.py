@@ -77,4 +77,4 @@ class HashedText:
 def normalized(features: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of length one; zero rows stay."""
     length = np.linalg.norm(features, axis=1, keepdims=True)
-    return features / np.where(length > 0, length, 1)
+    return (features / np.where(length > 0, length, 1)).astype(np.float32)

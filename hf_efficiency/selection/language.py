@@ -30,7 +30,7 @@ class Language:
     threshold: float = 0.8
 
     def __post_init__(self) -> None:
-        if isinstance(self.languages, str) or not self.languages:
+        if not isinstance(self.languages, tuple | list) or not self.languages:
             raise ValueError(f"languages={self.languages!r} must be a tuple of codes, such as ('en', 'de').")
         if not 0 < self.threshold <= 1:
             raise ValueError(f"threshold={self.threshold} is a probability and must lie in (0, 1].")

@@ -52,8 +52,9 @@ class Run:
         return check_k(k, len(self.pool))
 
     def config(self, kind: Any) -> Any:
-        """A method's dataclass made of the settings that it has fields for."""
-        return kind(**{name: self.settings[name] for name in kind.__dataclass_fields__ if name in self.settings})
+        """A method's dataclass made of the settings that it has fields for, and of the seed."""
+        known = {**self.settings, "seed": self.seed}
+        return kind(**{name: known[name] for name in kind.__dataclass_fields__ if name in known})
 
     def batches(self, label: str) -> Iterator[list[str]]:
         """All texts of the pool."""

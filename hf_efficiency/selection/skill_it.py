@@ -68,12 +68,12 @@ def check_graph(graph: NDArray[np.floating]) -> NDArray[np.float64]:
     Raises:
         ValueError: it is no matrix, or an edge is negative, NaN or infinite, or all are zero.
     """
-    graph = np.asarray(graph, np.float64)
-    if graph.ndim != 2:
-        raise ValueError(f"the skill graph has the shape {graph.shape}; expected (training skills, evaluated skills).")
-    if not np.isfinite(graph).all() or (graph < 0).any() or not graph.any():
+    edges: NDArray[np.float64] = np.asarray(graph, np.float64)
+    if edges.ndim != 2:
+        raise ValueError(f"the skill graph has the shape {edges.shape}; expected (training skills, evaluated skills).")
+    if not np.isfinite(edges).all() or (edges < 0).any() or not edges.any():
         raise ValueError("the edges of the skill graph must be finite, not negative, and not all zero.")
-    return graph
+    return edges
 
 
 def learn_graph(before: Sequence[float], after: NDArray[np.floating]) -> NDArray[np.float64]:

@@ -75,6 +75,7 @@ class Strategy:
         settings: What can be set, with defaults.
         optional_k: Whether k may be left out.
         ranks: Whether higher scores mean better or harder rows, so that other strategies can weigh them.
+        seeded: Whether the scores depend on the seed.
     """
 
     summary: str
@@ -84,6 +85,7 @@ class Strategy:
     settings: Mapping[str, Any] = field(default_factory=dict)
     optional_k: bool = False
     ranks: bool = True
+    seeded: bool = False
 
 
 def check_needs(name: str, model: Any, tokenizer: Any, target: Any) -> None:
@@ -203,7 +205,8 @@ def _first_of_each(task: Task, scores: NDArray[np.floating]) -> NDArray[np.int64
 
 
 def _fields(config: Any) -> dict[str, Any]:
-    return {name: spec.default for name, spec in config.__dataclass_fields__.items()}
+    """What can be set, but for the seed, which `select` has."""
+    return {name: spec.default for name, spec in config.__dataclass_fields__.items() if name != "seed"}
 
 
 def _no_scores(run: Run) -> NDArray[np.float32]:
@@ -226,6 +229,7 @@ STRATEGIES: dict[str, Strategy] = {
     "classifier": Strategy(
         "a linear classifier of the target against the pool", scorers.score_classifier,
         _from_threshold("threshold"), _TARGET, {**_fields(QualityClassifier), "threshold": 0.5}, optional_k=True,
+        seeded=True,
     ),
     "influence": Strategy(
         "gradients that point where the target's do", _BY["influence"], _top, _MODEL | _TARGET,

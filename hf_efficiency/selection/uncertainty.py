@@ -59,7 +59,7 @@ def bald(
             h = -(p * log_p).sum(-1)
             mean_p = p / passes if mean_p is None else mean_p.add_(p, alpha=1 / passes)
             mean_entropy = h / passes if mean_entropy is None else mean_entropy + h / passes
-    information = torch.special.entr(mean_p).sum(-1) - mean_entropy  # type: ignore[arg-type]
+    information = torch.special.entr(mean_p).sum(-1) - mean_entropy
     return per_example(information.clamp(min=0), where)
 
 

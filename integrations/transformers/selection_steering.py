@@ -175,7 +175,7 @@ class SteeringCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Puts the plans beside the checkpoint's other files."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder = _checkpoint(args, state.global_step)
         if not state.is_world_process_zero:
             return
         if not folder.is_dir():
@@ -228,7 +228,7 @@ class SteeringCallback(TrainerCallback):
         return checksum(sorted({**self._settings(), **common, "warmup": self.warmup}.items()))
 
     def _load(self, args: TrainingArguments, step: int) -> None:
-        folder = Path(self.checkpoint or Path(args.output_dir) / f"checkpoint-{step}")
+        folder = _checkpoint(args, step) if self.checkpoint is None else Path(self.checkpoint)
         file = folder / self._file
         if not file.is_file():
             raise ValueError(
@@ -300,6 +300,10 @@ def undisturbed() -> Iterator[None]:
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
+
+
+def _checkpoint(args: TrainingArguments, step: int) -> Path:
+    return Path(args.output_dir or ".") / f"checkpoint-{step}"
 
 
 def _batch_draws(dataloader: Any) -> int:

@@ -47,7 +47,7 @@ def test_select_by_rules_reports_what_was_broken(texts):
     selection = select(pool, "rules", min_words=10)
     assert {8, 9}.isdisjoint(selection.indices)
     assert selection.report["broken_rules"]["words"] == 1
-    assert len(selection) >= 6
+    assert {0, 2, 3} <= set(selection.indices)
     assert len(select(pool, "rules", 2)) == 2
 
 
