@@ -40,4 +40,6 @@ def attention_with_sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     if mask.shape[1] != heads:
         mask = mask.repeat_interleave(heads // mask.shape[1], 1)
     output, sums = decode_attention(query, key, value, mask, scale, is_causal=False)
+    if sums is None:
+        raise RuntimeError("decode_attention gave no sums.")
     return output.transpose(1, 2), sums

@@ -9,7 +9,13 @@ Shape legend: b batch, k key-value heads, n tokens seen, r residual tokens, m gr
 import torch
 from torch import Tensor
 
-from hf_efficiency.kernels.kv_attention import Quantized, dequantize_keys, quantize_keys, quantize_values
+from hf_efficiency.kernels.kv_attention import (
+    Quantized,
+    dequantize_keys,
+    dequantize_values,
+    quantize_keys,
+    quantize_values,
+)
 
 _GROUPS = (256, 128, 64, 32, 16)
 
@@ -178,28 +184,34 @@ class KiviStore:
 
 def unpack_keys(keys: Quantized, dtype: torch.dtype) -> Tensor:
     """`dequantize_keys`, with fewer passes over memory on a CPU."""
-    b, k, words, d = keys.codes.shape
-    n, groups, codes = words * 32 // keys.bits, keys.ranges.shape[2], 32 // keys.bits
-    if n == 0 or keys.codes.device.type != "cpu":
+    if keys.codes.device.type != "cpu" or keys.codes.numel() == 0:
         return dequantize_keys(keys, dtype)
-    out = torch.empty(b, k, words, codes, d, dtype=torch.float32)
-    for i in range(codes):
-        out[:, :, :, i] = (keys.codes >> (i * keys.bits)) & (2**keys.bits - 1)
+    b, k, words, d = keys.codes.shape
+    groups, in_byte = keys.ranges.shape[2], 8 // keys.bits
+    # Byte j of a word holds the codes of its tokens from j * in_byte on.
+    packed = keys.codes.view(torch.uint8).view(b, k, words, d, 4).movedim(4, 3).contiguous()
+    numbers = torch.empty(b, k, words, 4, in_byte, d)
+    for i in range(in_byte):
+        numbers[:, :, :, :, i] = (packed >> (i * keys.bits)) & (2**keys.bits - 1)
     scale, minimum = (x.unsqueeze(3).float() for x in keys.ranges.unbind(-1))
-    grouped = out.view(b, k, groups, n // groups, d)
-    return torch.addcmul(minimum, grouped, scale, out=grouped).to(dtype).view(b, k, n, d)
+    grouped = numbers.view(b, k, groups, -1, d)
+    return torch.addcmul(minimum, grouped, scale, out=grouped).to(dtype).view(b, k, -1, d)
 
 
 def unpack_values(values: Quantized, dtype: torch.dtype) -> Tensor:
     """`dequantize_values`, with fewer passes over memory on a CPU."""
-    b, k, n, words = values.codes.shape
-    groups, codes = values.ranges.shape[3], 32 // values.bits
-    out = torch.empty(b, k, n, words, codes, dtype=torch.float32, device=values.codes.device)
-    for i in range(codes):
-        out[..., i] = (values.codes >> (i * values.bits)) & (2**values.bits - 1)
+    if values.codes.device.type != "cpu" or values.codes.numel() == 0:
+        return dequantize_values(values, dtype)
+    b, k, n, _ = values.codes.shape
+    groups, in_byte = values.ranges.shape[3], 8 // values.bits
+    packed = values.codes.view(torch.uint8)
+    if in_byte > 1:
+        codes = [(packed >> (i * values.bits)) & (2**values.bits - 1) for i in range(in_byte)]
+        packed = torch.stack(codes, -1)
     scale, minimum = (x.unsqueeze(4).float() for x in values.ranges.unbind(-1))
-    grouped = out.view(b, k, n, groups, words * codes // groups)
-    return torch.addcmul(minimum, grouped, scale, out=grouped).to(dtype).view(b, k, n, words * codes)
+    # Broadcast along the last dimension, where `addcmul` is slow.
+    grouped = packed.view(b, k, n, groups, -1).float().mul_(scale).add_(minimum)
+    return grouped.to(dtype).view(b, k, n, -1)
 
 
 def _joined(old: Quantized, new: Quantized) -> Quantized:

@@ -23,6 +23,9 @@ class Layer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
+    index: int
+    modules: list[Any]
+
     def __init__(self) -> None:
         super().__init__()
         self.record_past = False
@@ -164,17 +167,18 @@ class EfficientCache(Cache):
                 f"{type(model).__name__} has no layer that attends to everything: {type(self).__name__} would change "
                 "nothing, so leave it out."
             )
-        modules: dict[int, Any] = {}
+        modules: dict[int, list[Any]] = {}
         if attends:
             use_cache_attention(model)
         for module in model.modules():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                modules.setdefault(module.layer_idx, []).append(module)
-        for number, i in enumerate(full):
-            layers[i] = make(number, len(full))
-            layers[i].index = i
-            layers[i].modules = modules.get(i, [])
-            layers[i].expected = _head_shape(config.per_layer_config[i])
+            number = getattr(module, "layer_idx", None)
+            if isinstance(number, int):
+                modules.setdefault(number, []).append(module)
+        for count, i in enumerate(full):
+            ours = make(count, len(full))
+            ours.index, ours.modules = i, modules.get(i, [])
+            ours.expected = _head_shape(config.per_layer_config[i])
+            layers[i] = ours
         super().__init__(layers=layers)
         self.model_name = f"{config.model_type}, {len(layers)} layers, hidden size {config.hidden_size}"
 
@@ -210,6 +214,8 @@ class EfficientCache(Cache):
                 if layer.is_initialized:
                     layer.accept(path, of)
             elif isinstance(layer, DynamicLayer) and not hasattr(layer, "conv_states"):
+                if layer.keys is None:
+                    continue
                 index = torch.tensor(path, dtype=torch.int64, device=layer.keys.device)
                 for name in ("keys", "values"):
                     whole = getattr(layer, name)
@@ -276,11 +282,11 @@ class EfficientCache(Cache):
                 layer.dtype = getattr(torch, numbers["dtype"])
                 layer.restore(mine, numbers)
                 layer.seen, layer.is_initialized = numbers["seen"], True
-            else:
+            elif isinstance(layer, DynamicLayer):
                 layer.lazy_initialization(mine["keys"], mine["values"])
                 layer.keys, layer.values = mine["keys"], mine["values"]
                 if "seen" in numbers:
-                    layer.cumulative_length = numbers["seen"]
+                    setattr(layer, "cumulative_length", numbers["seen"])  # noqa: B010
 
 
 def saved_about(path: str | Path) -> dict[str, Any]:
@@ -308,7 +314,7 @@ def _head_shape(config: Any) -> tuple[int, int] | None:
     if size is None and heads is not None and hasattr(config, "num_attention_heads"):
         size = config.hidden_size // config.num_attention_heads
     latent = getattr(config, "kv_lora_rank", None)
-    return (heads, size) if heads is not None and latent is None else None
+    return None if heads is None or size is None or latent is not None else (int(heads), int(size))
 
 
 def _tensors(layer: Any) -> dict[str, Tensor]:
@@ -316,7 +322,9 @@ def _tensors(layer: Any) -> dict[str, Tensor]:
         return layer.tensors() if layer.is_initialized else {}
     if not isinstance(layer, DynamicLayer) or hasattr(layer, "conv_states"):
         raise ValueError(f"{type(layer).__name__} holds a recurrent state, which is not counted or saved here.")
-    return {"keys": layer.keys, "values": layer.values} if layer.is_initialized else {}
+    if layer.keys is None or layer.values is None:
+        return {}
+    return {"keys": layer.keys, "values": layer.values}
 
 
 def _numbers(layer: Any) -> dict[str, Any]:

@@ -27,9 +27,6 @@ class EvictingLayer(Layer):
     token, so that each of its tokens sees what it would see alone; `crop` then keeps the accepted ones.
     """
 
-    index: int
-    modules: list[Any]
-
     def __init__(self, policy: Policy, budget: Budget) -> None:
         super().__init__()
         self.policy, self.budget = policy, budget

@@ -14,8 +14,6 @@ from transformers.cache_utils import DynamicLayer
 class PagedLayer(Layer):
     """Tables of one pool."""
 
-    index: int
-    modules: list[Any]
     is_croppable = True
 
     def __init__(self, block_size: int) -> None:

@@ -23,9 +23,6 @@ _LONGEST_FUSED = 64
 class QuantizedLayer(Layer):
     """A `KiviStore`. Tokens of a recorded step are quantized only once `crop` has accepted them."""
 
-    index: int
-    modules: list[Any]
-
     def __init__(self, bits: int, group_size: int, window: int, fused: bool | None) -> None:
         super().__init__()
         self.bits, self.group_size, self.window, self.fused = bits, group_size, window, fused

@@ -21,9 +21,6 @@ from transformers import PreTrainedModel
 class WindowLayer(Layer):
     """Sinks and a window. Tokens of a recorded step wait beside the ring until `crop` says how many are accepted."""
 
-    index: int
-    modules: list[Any]
-
     def __init__(self, sinks: int, window: int, full_prefill: bool) -> None:
         super().__init__()
         self.sinks, self.window, self.full_prefill = sinks, window, full_prefill
@@ -99,9 +96,9 @@ class WindowLayer(Layer):
         Raises:
             RuntimeError: The last step was not recorded, or had another number of tokens.
         """
-        if self.fed is None or self.fed.real is None or self.fed.keys.shape[2] != of:
-            raise RuntimeError(f"There is no recorded draft of {of} tokens to accept a path of.")
         fed = self.fed
+        if fed is None or fed.real is None or fed.keys.shape[2] != of:
+            raise RuntimeError(f"There is no recorded draft of {of} tokens to accept a path of.")
         fed.keys, fed.values, fed.real = fed.keys[:, :, path], fed.values[:, :, path], fed.real[:, path]
         self.seen -= of - len(path)
         self._settle(0)
