@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -209,11 +210,25 @@ def test_killed_run_resumes_to_the_same_adapter(kind, tune, monkeypatch, fails, 
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(tune, tiny_llama_dir, files, tmp_path):
     argv = ["--quantize", "nf4", "--max-steps", "3"]
     one = report_of(tune(*argv, out="one"))["losses"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29671"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        str(free_port()),
+    ]
     command += ["-m", "hf_efficiency", "finetune", tiny_llama_dir, "--data", files / "prose.txt", *QUICK, *argv]
     done = subprocess.run(
         [*map(str, command), "--output", str(tmp_path / "two"), "--device", "cpu"],
