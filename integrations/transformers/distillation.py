@@ -132,12 +132,13 @@ class DistillTrainer(Trainer):
 
     def _shared_vocabulary(self, teacher: ModelTeacher | CachedTeacher) -> int:
         """Columns of the logits that student and teacher share; found once for each teacher."""
-        if id(teacher) not in self._vocab:
+        index = self.teachers.index
+        if index not in self._vocab:
             size = OutputHead(self._student).size
             other = self.teacher_processing_class or self.teachers.tokenizer()
             asked = (size, teacher.vocab_size, self.processing_class, other, self.args.vocab_size)
-            self._vocab = {id(teacher): shared_vocabulary(*asked)}
-        return self._vocab[id(teacher)]
+            self._vocab[index] = shared_vocabulary(*asked)
+        return self._vocab[index]
 
     # Who takes part.
 
