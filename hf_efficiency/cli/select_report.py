@@ -46,7 +46,7 @@ def _histogram(axis: Any, pool: np.ndarray, chosen: np.ndarray) -> None:
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     axis.hist(pool, edges, color=_POOL, label="pool")
     axis.hist(chosen, edges, color=_CHOSEN, label="chosen")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(loc="upper right", frameon=False, fontsize=8)
 
 
 def page(report: dict[str, Any]) -> str:

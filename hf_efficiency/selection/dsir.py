@@ -2,7 +2,8 @@
 
 Xie et al., "Data Selection for Language Models via Importance Resampling" (NeurIPS 2023), section 3. Two departures:
 the log-ratio of a document is the mean over its n-grams and not the sum, which ranks by length where documents differ
-in it; and counts are smoothed. Shape legend: n documents, m buckets.
+in it; and the target's distribution is smoothed with the pool's (Jelinek and Mercer 1980), so that what the target
+lacks counts against a document only so far, and what it shares decides. Shape legend: n documents, m buckets.
 """
 
 from __future__ import annotations
@@ -27,13 +28,15 @@ class DSIR:
     Attributes:
         max_n: n-grams of 1 to `max_n` words share the buckets.
         buckets: Of the hash table (the paper: 10,000).
-        smoothing: Added to the count of every bucket, so that a bucket the target never fills is unlikely and not
-            impossible.
+        smoothing: Added to the count of every bucket.
+        share: Of the target's own distribution in the smoothed one, p' = share · p_target + (1 − share) · p_pool; 1 is
+            the paper's ratio.
     """
 
     max_n: int = 2
-    buckets: int = 10_000
+    buckets: int = 100_000
     smoothing: float = 1.0
+    share: float = 0.5
 
     def __post_init__(self) -> None:
         if self.max_n < 1:
@@ -42,6 +45,8 @@ class DSIR:
             raise ValueError(f"buckets={self.buckets} must be at least 2.")
         if self.smoothing <= 0:
             raise ValueError(f"smoothing={self.smoothing} must be positive, or unseen n-grams have no logarithm.")
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} must lie in (0, 1].")
 
     def count(self, batches: Iterable[Sequence[str]]) -> NDArray[np.int64]:
         """How often each bucket is hit, (m,)."""
@@ -53,9 +58,10 @@ class DSIR:
         return total
 
     def log_ratio(self, target: NDArray[np.int64], pool: NDArray[np.int64]) -> NDArray[np.float64]:
-        """ln p_target − ln p_pool of each bucket, (m,), from the counts of both."""
+        """ln p'_target − ln p_pool of each bucket, (m,), from the counts of both."""
         target_counts, pool_counts = target + self.smoothing, pool + self.smoothing
-        return np.log(target_counts / target_counts.sum()) - np.log(pool_counts / pool_counts.sum())
+        ratio = (target_counts / target_counts.sum()) / (pool_counts / pool_counts.sum())
+        return np.log(1 - self.share + self.share * ratio)
 
     def score(self, texts: Sequence[str], log_ratio: NDArray[np.float64]) -> NDArray[np.float32]:
         """Mean log-ratio over the n-grams of each text, (n,); minus infinity for a text without words."""

@@ -21,7 +21,7 @@ _SPACE, _WORD, _MARK = 0, 1, 2
 _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 _NEXT = np.uint64(0xD1B54A32D192ED03)  # weight of one more word in an n-gram
-_BATCH_BYTES = 1 << 19
+_BATCH_BYTES = 1 << 16
 
 
 def _character_classes() -> NDArray[np.uint8]:
@@ -139,7 +139,7 @@ def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def in_batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Slices of `texts` of about half a megabyte, the size at which the arrays stay in the cache."""
+    """Slices of `texts` of about 64 kB, the size at which the arrays stay in the cache."""
     start, size = 0, 0
     for i, text in enumerate(texts):
         size += len(text) + 1

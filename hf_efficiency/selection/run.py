@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _TEXT_BATCH = 1000
 _WINDOW = 16  # batches that are sorted by length together, so that little is padded
-_LENGTH_SAMPLE = 10_000
+_LENGTH_SAMPLE = 1000
 
 
 @dataclass
@@ -117,7 +117,7 @@ class Run:
         return normalized(array)
 
     def mean_words(self) -> float:
-        """Words of a text on average, over the first ten thousand."""
+        """Words of a text on average, over the first thousand."""
         words, texts = 0, 0
         for batch in self.pool.texts(_TEXT_BATCH):
             words, texts = words + len(hash_words(batch).hashes), texts + len(batch)

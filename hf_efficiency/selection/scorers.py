@@ -109,7 +109,9 @@ def score_dsir(run: Run) -> NDArray[np.float32]:
     """Mean log-ratio of each text's n-grams."""
     config = run.config(DSIR)
     target = config.count([run.target_texts()])
-    log_ratio = config.log_ratio(target, config.count(run.batches("Counting n-grams")))
+    pool = config.count(run.batches("Counting n-grams"))
+    run.report["ngrams_per_text"] = float(pool.sum() / len(run.pool))
+    log_ratio = config.log_ratio(target, pool)
     return run.text_scores(lambda texts: config.score(texts, log_ratio))
 
 

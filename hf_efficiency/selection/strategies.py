@@ -139,7 +139,7 @@ def _perplexity(task: Task, scores: NDArray[np.floating]) -> NDArray[np.int64]:
 def _resample(task: Task, scores: NDArray[np.floating]) -> NDArray[np.int64]:
     # A document's log-weight is a sum over its n-grams. All are taken to be as long as the average one, so that neither
     # their length nor the noise outweighs what the mean says.
-    grams = task.mean_words() * task.settings["max_n"]
+    grams = task.report.get("ngrams_per_text") or task.mean_words() * task.settings["max_n"]
     log_weights = np.where(np.isfinite(scores), scores * max(1.0, grams), -np.inf)
     return choosing.gumbel_top_k(log_weights, task.number, task.seed, task.settings["temperature"])
 

@@ -7,7 +7,8 @@ from hf_efficiency.selection import select
 from hf_efficiency.selection.d2_pruning import D2, nearest
 from hf_efficiency.selection.dpp import greedy_map
 from hf_efficiency.selection.embedding import HashedText, normalized
-from hf_efficiency.selection.facility_location import facility_location, lazy_greedy, similarity
+from hf_efficiency.selection.facility_location import facility_location, similarity
+from hf_efficiency.selection.facility_location import greedy as greedy_choice
 from hf_efficiency.selection.hybrid import choose_diverse, combined
 from hf_efficiency.selection.kmeans import allocate, choose_from_clusters, kmeans
 
@@ -21,9 +22,9 @@ def coverage(sim, rows):
     return sim[:, rows].max(1).sum()
 
 
-def test_lazy_greedy_is_greedy(features):
+def test_facility_location_is_greedy(features):
     sim = similarity(features).astype(np.float64)
-    chosen, gains = lazy_greedy(sim.astype(np.float32), 8)
+    chosen, gains = greedy_choice(sim.astype(np.float32), 8)
     greedy = []
     for _ in range(8):
         greedy.append(max(set(range(60)) - set(greedy), key=lambda j: coverage(sim, [*greedy, j])))

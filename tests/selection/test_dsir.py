@@ -9,13 +9,20 @@ from hf_efficiency.selection.dsir import DSIR
 
 def test_scores_by_hand():
     """Two words in buckets of their own: counts and smoothing give the mean log-ratio."""
-    config = DSIR(max_n=1, buckets=1 << 20)
+    config = DSIR(max_n=1, buckets=1 << 20, share=1.0)
     target, pool = config.count([["cat cat cat dog"]]), config.count([["cat dog", "dog dog"]])
     total = 1 << 20
     cat = math.log(4 / (4 + total)) - math.log(2 / (4 + total))
     dog = math.log(2 / (4 + total)) - math.log(4 / (4 + total))
     scores = config.score(["cat dog dog", "dog", "", "cat"], config.log_ratio(target, pool))
     np.testing.assert_allclose(scores, [(cat + 2 * dog) / 3, dog, -np.inf, cat], rtol=1e-5)
+
+
+def test_share_smooths_the_target_with_the_pool():
+    target, pool = np.array([3, 0]), np.array([1, 3])
+    ratio = np.array([4 / 5, 1 / 5]) / np.array([2 / 6, 4 / 6])
+    found = DSIR(buckets=2, share=0.25).log_ratio(target, pool)
+    np.testing.assert_allclose(found, np.log(0.75 + 0.25 * ratio))
 
 
 def test_bigrams_are_counted_too():
@@ -37,6 +44,7 @@ def test_finds_the_target_whatever_the_length(texts):
         ({"max_n": 0}, "max_n=0 must be at least 1"),
         ({"buckets": 1}, "buckets=1 must be at least 2"),
         ({"smoothing": 0}, "smoothing=0 must be positive"),
+        ({"share": 0}, r"share=0 must lie in \(0, 1\]"),
     ],
 )
 def test_bad_settings(arguments, message):
