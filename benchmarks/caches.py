@@ -132,7 +132,6 @@ def quant(model: Any, tokenizer: Any, tokens: Tensor, args: argparse.Namespace) 
     """Perplexity and time, token by token."""
     makes: dict[str, Make] = {"DynamicCache": lambda m: DynamicCache(config=m.config)}
     makes |= {f"{b} bits": lambda m, b=b: make_cache("quantized", m, bits=b) for b in (8, 4, 2)}
-    makes["2 bits, groups of 16"] = lambda m: make_cache("quantized", m, bits=2, group_size=16)
     makes["transformers' QuantizedCache, fp8"] = lambda m: QuantizedCache("fp8", m.config)
     makes["H2O at half, as a comparison"] = lambda m: make_cache("h2o", m, budget=CONTEXT // 2)
     chosen = list(windows(tokens, args.quant_windows))
