@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from hf_efficiency.integrations.transformers.galore import galore
     from hf_efficiency.integrations.transformers.selection import DataSelectionCallback
     from hf_efficiency.integrations.transformers.selection_order import CurriculumCallback, MixtureCallback
+    from hf_efficiency.integrations.transformers.speculative import speculative
+    from hf_efficiency.integrations.transformers.speculative_drafters import SkipLayers
     from hf_efficiency.optim import GaLoreAdamW
     from hf_efficiency.selection import Selection, select
 
@@ -112,6 +114,8 @@ _EXPORTS = {
     "convert_attention": "hf_efficiency.integrations.transformers.caches",
     "load_cache": "hf_efficiency.integrations.transformers.caches",
     "make_cache": "hf_efficiency.integrations.transformers.caches",
+    "SkipLayers": "hf_efficiency.integrations.transformers.speculative_drafters",
+    "speculative": "hf_efficiency.integrations.transformers.speculative",
 }
 
 __all__ = [
@@ -143,6 +147,7 @@ __all__ = [
     "RollingCache",
     "SNELLConfig",
     "Selection",
+    "SkipLayers",
     "SnapKVCache",
     "SoRACallback",
     "SoRAConfig",
@@ -161,6 +166,7 @@ __all__ = [
     "prefer",
     "prepare_for_training",
     "select",
+    "speculative",
     "write_sequences",
 ]
 
