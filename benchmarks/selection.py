@@ -177,7 +177,7 @@ def noise(args: argparse.Namespace) -> Rows:
     from sklearn.datasets import load_digits
 
     from hf_efficiency.selection.el2n import classifier_el2n
-    from hf_efficiency.selection.influence import direction, influence
+    from hf_efficiency.selection.influence import directions, influence
     from hf_efficiency.selection.perplexity import choose_band
 
     torch.set_num_threads(1)
@@ -200,7 +200,10 @@ def noise(args: argparse.Namespace) -> Rows:
         error = model[2](hidden).softmax(-1) - torch.nn.functional.one_hot(labels, 10)
         return torch.einsum("nc,nd->ncd", error, hidden).flatten(1)[:, None]
 
-    results = {name: [] for name in ("random", "EL2N band", "D2", "influence (LESS)", "influence (DataInf)")}
+    results = {
+        name: []
+        for name in ("random", "EL2N band", "D2", "influence (LESS)", "influence (DataInf)", "influence (TRAK)")
+    }
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(x), generator=generator)
@@ -221,8 +224,12 @@ def noise(args: argparse.Namespace) -> Rows:
             "EL2N band": choose_band(el2n, k, 0.1, 0.6, seed),
             "D2": D2(drop_easy=0.1, drop_hard=0.4).choose(loss, k, features),
         }
-        for name, method in (("influence (LESS)", "less"), ("influence (DataInf)", "datainf")):
-            scores = influence(g, direction(method, target, g), cosine=method == "less")
+        for name, method in (
+            ("influence (LESS)", "less"),
+            ("influence (DataInf)", "datainf"),
+            ("influence (TRAK)", "trak"),
+        ):
+            scores = influence(g, directions(method, target, g))
             chosen[name] = scores.topk(k).indices.numpy()
         for name, rows in chosen.items():
             model = train(x[pool][rows], labels[rows], seed, 400)

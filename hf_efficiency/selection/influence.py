@@ -4,10 +4,11 @@
 - `trak`: the same through the inverse of the gradients' covariance (TRAK, Park et al. 2023, equation 13).
 - `datainf`: the closed form of DataInf (Kwon et al. 2024, equation 5), layer by layer.
 
-Each is one vector that gradients are multiplied with. The gradient of a linear layer, Σ_t δ_t h_tᵀ, is projected from
-both sides by random matrices (LoGra, Choe et al. 2024): A h and B δ are small, no gradient of full size is made, the
-layers may be quantized, and for LoRA's own two layers this is the gradient of LoRA. Shape legend: b examples, t tokens,
-l layers, f features of a layer, n rows.
+As in LESS, gradients have length one, and an example counts by the part of the target that it helps the most: a mean
+over the target would choose what all of its parts share. The gradient of a linear layer, Σ_t δ_t h_tᵀ, is projected
+from both sides by random matrices (LoGra, Choe et al. 2024): A h and B δ are small, no gradient of full size is made,
+the layers may be quantized, and for LoRA's own two layers this is the gradient of LoRA. Shape legend: b examples, t
+tokens, l layers, f features of a layer, n rows.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
 Method = Literal["less", "trak", "datainf"]
+_GROUPS = 64
+_ROUNDS = 10
 _DAMPING = 0.1  # DataInf's section 4: λ is a tenth of the mean squared gradient
 
 
@@ -116,9 +119,33 @@ def direction(method: Method, target: Tensor, sample: Tensor, damping: float = _
 
     Args:
         method: `less`, `trak` or `datainf`.
-        target: Features of the target's examples, (n, l, f).
+        target: Features of the target, (l, f).
         sample: Features of some examples of the pool, (n, l, f), for the curvature.
         damping: λ relative to the mean squared gradient.
+
+    Raises:
+        ValueError: unknown method.
+    """
+    if method == "less":
+        return target
+    if method == "trak":
+        return _ridge_solve(sample.flatten(1), target.flatten(), damping).view_as(target)
+    if method == "datainf":
+        return torch.stack([_datainf(sample[:, i], target[i], damping) for i in range(len(target))])
+    raise ValueError(f"method={method!r} is unknown: use 'less', 'trak' or 'datainf'.")
+
+
+def directions(
+    method: Method, target: Tensor, sample: Tensor, damping: float = _DAMPING, groups: int = _GROUPS
+) -> Tensor:
+    """A direction of length one for each part of the target, (j, l, f).
+
+    Args:
+        method: As in `direction`.
+        target: Features of the target's examples, (n, l, f). More than `groups` are joined to so many parts.
+        sample: As in `direction`.
+        damping: As in `direction`.
+        groups: Parts of the target.
 
     Raises:
         ValueError: unknown method, or a gradient is not finite.
@@ -126,22 +153,31 @@ def direction(method: Method, target: Tensor, sample: Tensor, damping: float = _
     for name, tensor in (("target", target), ("pool", sample)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"a gradient of the {name} is NaN or infinite: load the model in float32 or bfloat16.")
-    if method == "less":
-        unit = F.normalize(target.flatten(1), dim=1)
-        return unit.mean(0).view(target.shape[1:])
-    mean = target.mean(0)
-    if method == "trak":
-        flat = sample.flatten(1)
-        return _ridge_solve(flat, mean.flatten(), damping).view_as(mean)
-    if method == "datainf":
-        return torch.stack([_datainf(sample[:, i], mean[i], damping) for i in range(len(mean))])
-    raise ValueError(f"method={method!r} is unknown: use 'less', 'trak' or 'datainf'.")
+    parts, pool = parts_of(unit(target), groups), unit(sample)
+    return unit(torch.stack([direction(method, part, pool, damping) for part in parts]))
 
 
-def influence(features: Tensor, along: Tensor, *, cosine: bool) -> Tensor:
-    """Products of features (b, l, f) with a direction (l, f), (b,); with `cosine` by features of length one."""
+def influence(features: Tensor, along: Tensor) -> Tensor:
+    """The largest cosine of features (b, l, f) with one of the directions (j, l, f), (b,)."""
+    return (unit(features).flatten(1) @ along.flatten(1).T).amax(1)
+
+
+def unit(features: Tensor) -> Tensor:
+    """Features (n, l, f) scaled to length one over (l, f)."""
+    return F.normalize(features.flatten(1), dim=1).view_as(features)
+
+
+def parts_of(features: Tensor, groups: int) -> Tensor:
+    """Features (n, l, f) of length one joined by k-means on the sphere to at most `groups` means, (j, l, f)."""
+    if len(features) <= groups:
+        return features
     flat = features.flatten(1)
-    return (F.normalize(flat, dim=1) if cosine else flat) @ along.flatten()
+    centers = flat[torch.linspace(0, len(flat) - 1, groups).long()]
+    for _ in range(_ROUNDS):
+        nearest = (flat @ centers.T).argmax(1)
+        sums = torch.zeros_like(centers).index_add_(0, nearest, flat)
+        centers = F.normalize(torch.where(sums.any(1, keepdim=True), sums, centers), dim=1)
+    return centers.view(-1, *features.shape[1:])
 
 
 def target_features(

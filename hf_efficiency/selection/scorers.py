@@ -19,7 +19,7 @@ from hf_efficiency.selection.dsir import DSIR
 from hf_efficiency.selection.el2n import el2n, grand
 from hf_efficiency.selection.exact import exact_clusters
 from hf_efficiency.selection.hybrid import combined
-from hf_efficiency.selection.influence import GradientFeatures, direction, influence, target_features
+from hf_efficiency.selection.influence import GradientFeatures, directions, influence, target_features
 from hf_efficiency.selection.language import Language
 from hf_efficiency.selection.medu import MEDU
 from hf_efficiency.selection.minhash import MinHash
@@ -80,9 +80,8 @@ def influence_scorer(model: nn.Module, context: Context) -> BatchScorer:
     gradients = GradientFeatures(settings["rank"], settings["max_layers"])
     target = target_features(gradients, model, context.target())
     sample = target_features(gradients, model, context.sample(settings["sample"]), settings["sample"])
-    along = direction(settings["method"], target, sample, settings["damping"])
-    cosine = settings["method"] == "less"
-    return lambda batch: influence(gradients(model, batch), along, cosine=cosine)
+    along = directions(settings["method"], target, sample, settings["damping"], settings["groups"])
+    return lambda batch: influence(gradients(model, batch), along)
 
 
 BATCH_SCORERS: dict[str, Callable[[nn.Module, Context], BatchScorer]] = {

@@ -233,7 +233,7 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "influence": Strategy(
         "gradients that point where the target's do", _BY["influence"], _top, _MODEL | _TARGET,
-        {"method": "less", "rank": 8, "max_layers": 32, "sample": 256, "damping": 0.1},
+        {"method": "less", "rank": 8, "max_layers": 32, "sample": 256, "damping": 0.1, "groups": 64},
     ),
     "medu": Strategy(
         "usefulness for a task as the model itself grades it", scorers.score_medu, _top, _MODEL,
