@@ -67,17 +67,18 @@ def wide_products(block: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Next to `widened` it halves what waits between layers, for a few casts.
     """
+    outside = [dtype]  # of the input of the layer that is running: they run one after the other
 
     def cast_input(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        outside[0] = args[0].dtype
         return cast_floating(args, dtype)
 
-    def cast_output(own: torch.dtype) -> Any:
-        return lambda layer, args, output: output.to(own)
+    def cast_output(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.to(outside[0])
 
     with ExitStack() as stack:
         for layer in filter(is_linear, block.modules()):
-            own = next(layer.parameters()).dtype
             stack.enter_context(widened(layer, dtype))
             stack.callback(layer.register_forward_pre_hook(cast_input).remove)
-            stack.callback(layer.register_forward_hook(cast_output(own)).remove)
+            stack.callback(layer.register_forward_hook(cast_output).remove)
         yield

@@ -5,7 +5,7 @@ Shape legend: d_in, d_out features.
 
 import logging
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -36,10 +36,11 @@ def _only_writes_product(kind: type) -> bool:
     if kind.__base__ is not nn.Linear or {n for n in vars(kind) if not n.startswith("__")} != {"forward"}:
         return False
     probe = nn.utils.skip_init(kind, 3, 2, device="cpu", dtype=torch.float32)
-    x = torch.tensor([[[1.0, -2.0, 4.0]]])
+    values = partial(torch.tensor, device="cpu")  # also while a model is made on the meta device
+    x = values([[[1.0, -2.0, 4.0]]])
     with torch.no_grad():
-        probe.weight.copy_(torch.tensor([[1.0, 3.0, -5.0], [7.0, 2.0, 6.0]]))
-        probe.bias.copy_(torch.tensor([8.0, -9.0]))
+        probe.weight.copy_(values([[1.0, 3.0, -5.0], [7.0, 2.0, 6.0]]))
+        probe.bias.copy_(values([8.0, -9.0]))
         return torch.equal(probe(x), nn.functional.linear(x, probe.weight, probe.bias))
 
 

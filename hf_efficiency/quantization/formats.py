@@ -73,7 +73,7 @@ def unpack_dense(words: Tensor, bits: int, count: int) -> Tensor:
     """Inverse of `pack_dense`: int32 words (n, w) to uint8 codes (n, count)."""
     mask = (1 << bits) - 1
     if 8 % bits == 0:  # no code straddles a byte: work on bytes, a quarter of the traffic
-        octets = words.contiguous().view(torch.uint8)
+        octets = words.reshape(-1).view(torch.uint8).view(words.shape[0], -1)  # rows of one word have any stride
         if bits < 8:
             shifted = [octets >> shift if shift else octets for shift in range(0, 8, bits)]
             octets = torch.stack(shifted, dim=-1).bitwise_and_(mask)

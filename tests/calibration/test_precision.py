@@ -6,6 +6,7 @@ from torch import nn
 
 from hf_efficiency.calibration import engine, precision
 from hf_efficiency.calibration.engine import run_blockwise
+from hf_efficiency.quantization.awq import AWQ
 from hf_efficiency.quantization.gptq import GPTQ
 
 
@@ -59,3 +60,16 @@ def test_wide_products_are_rounded_once():
     assert torch.equal(block[0].weight, weight)
     assert block[0].weight.dtype == torch.bfloat16
     block(x)  # no hook is left that would cast the input
+
+
+def test_wide_products_follow_their_input():
+    """A caller who runs the block in float32 (AWQ's trials) gets float32."""
+    block = nn.Sequential(nn.Linear(5, 4)).bfloat16()
+    with precision.wide_products(block, torch.float32):
+        assert block(torch.randn(3, 5)).dtype == torch.float32
+
+
+def test_awq_where_products_are_widened(tiny_llama, tiny_tokens, monkeypatch):
+    monkeypatch.setattr(engine, "working_dtype", lambda dtype, device: torch.float32)
+    layers = run_blockwise(tiny_llama.bfloat16(), tiny_tokens, AWQ(bits=4, group_size=32), progress=False)
+    assert {layer.compute_dtype for layer in layers.values()} == {torch.bfloat16}

@@ -68,6 +68,14 @@ def test_any_size_is_one_string_of_bits(bits, rows, columns, seed):
     assert torch.equal(unpack_dense(packed, bits, columns), codes)
 
 
+def test_one_word_a_row_of_any_stride():
+    """A column of a wider tensor counts as contiguous where it has one word a row."""
+    codes = torch.arange(24, dtype=torch.uint8).view(3, 8) % 16
+    words = pack_dense(codes, 4).flatten().as_strided((3, 1), (1, 3))
+    assert words.is_contiguous()
+    assert torch.equal(unpack_dense(words, 4, 8), codes)
+
+
 def test_gptq_by_hand():
     """qweight runs down the inputs, qzeros along the outputs; version 1 stores the zero point less one."""
     codes = torch.zeros(8, 8, dtype=torch.uint8)
