@@ -253,16 +253,17 @@ def garbage(args: argparse.Namespace) -> Rows:
     tokenizer = AutoTokenizer.from_pretrained(path)
     words = Path(args.wikitext).read_text(encoding="utf-8").split()
     generator = np.random.default_rng(0)
-    prose = pieces(words, 40, 40 * 121)
-    noise_ = ["".join(chr(c) for c in generator.integers(33, 126, 150)) for _ in range(20)]
-    repeated = [" ".join([words[int(generator.integers(len(words)))]] * 60) for _ in range(20)]
+    prose = pieces(words, 80, 80 * 121)
+    noise_ = ["".join(chr(c) for c in generator.integers(33, 126, 300)) for _ in range(20)]
+    starts = generator.integers(0, len(words) - 8, 20)
+    repeated = [" ".join(words[start : start + 8] * 20) for start in starts]
     pool = [*prose, *noise_, *repeated]
     rows = []
     for name, settings in (
         ("band from 0.15 to 0.85", {"low": 0.15, "high": 0.85}),
         ("nearest to the median", {"nearest": "median"}),
     ):
-        selection = select(pool, "perplexity", 0.6, model=model, tokenizer=tokenizer, max_length=64, **settings)
+        selection = select(pool, "perplexity", 0.6, model=model, tokenizer=tokenizer, max_length=128, **settings)
         kept = [int((selection.indices >= len(prose)).sum()), len(selection)]
         rows.append(
             (f"Perplexity, {name}, 40 of {len(pool)} planted: planted among the chosen", f"{kept[0]} of {kept[1]}")

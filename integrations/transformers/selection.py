@@ -10,7 +10,7 @@ from hf_efficiency.integrations.transformers.selection_scores import batches_of,
 from hf_efficiency.integrations.transformers.selection_steering import SteeringCallback
 from hf_efficiency.selection.choosing import check_k, check_scores
 from hf_efficiency.selection.plans import SubsetPlan
-from hf_efficiency.selection.pool import Pool, checksum, texts_of
+from hf_efficiency.selection.pool import Pool, checksum
 from hf_efficiency.selection.run import Run
 from hf_efficiency.selection.scorers import BATCH_SCORERS, Context
 from hf_efficiency.selection.selecting import Selection
@@ -98,7 +98,8 @@ class DataSelectionCallback(SteeringCallback):
         described: dict[str, Any] = {"strategy": self.strategy, "fraction": self.fraction, "average": self.average}
         described["settings"] = sorted((name, repr(value)) for name, value in self.settings.items())
         if self._targeted and self.target is not None:
-            described["target"] = checksum(*texts_of(self.target, self._run.tokenizer))
+            target = Pool([self.target] if isinstance(self.target, str) else self.target)
+            described["target"] = checksum(len(target), *target.spot_checks())
         if self._given is not None:
             described["scores"] = checksum(np.asarray(self._given, np.float32).tobytes())
         return described

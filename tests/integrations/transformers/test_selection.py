@@ -209,6 +209,14 @@ def test_the_sampler_is_given_back(dataset, tmp_path):
     assert not isinstance(batches.sampler, SteeredSampler)
 
 
+def test_influence_of_the_model_in_training(dataset, tmp_path):
+    """The rows that are the target themselves help it most; no tokenizer is needed for tokenized rows."""
+    target = dataset.select([3, 8, 20])
+    callback = DataSelectionCallback("influence", fraction=0.125, target=target, every="epoch", rank=4)
+    rows, _, _ = train(dataset, tmp_path, callback, num_train_epochs=1)
+    assert set(flat(rows)) == {3, 8, 20}
+
+
 def test_static_strategies_decode_the_rows(tmp_path, tiny_tokenizer, texts):
     rows = [*texts[:6], *(["zq xv jk " * 8] * 6)]
     encoded = tiny_tokenizer(rows, truncation=True, max_length=24)
