@@ -17,14 +17,6 @@ from tests.methods import STORAGES
 STEPS = 3
 
 
-def _cells():
-    """All of PEFT's own types on all bases; each of ours, which share their layer, on two, in turn."""
-    for i, (kind, row) in enumerate(ADAPTERS.items()):
-        ours = row.config.__module__.startswith("hf_efficiency")
-        bases = [STORAGES[(i + step) % len(STORAGES)] for step in (0, 3)] if ours else STORAGES
-        yield from ((kind, method) for method in bases)
-
-
 @pytest.fixture(scope="module")
 def bases(load_base):
     """One loaded model a base, to be copied: deepcopy is faster than loading."""
@@ -57,7 +49,8 @@ def train(tmp_path, base_tokens):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
-@pytest.mark.parametrize(("kind", "method"), _cells())
+@pytest.mark.parametrize("method", STORAGES)
+@pytest.mark.parametrize("kind", ADAPTERS)
 def test_type_on_base(kind, method, bases, base_tokens, train, tmp_path):
     row, base = ADAPTERS[kind], copy.deepcopy(bases[method])
     stored = {name: tensor.clone() for name, tensor in base.state_dict().items()}
