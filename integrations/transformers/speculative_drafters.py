@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel
 class ModelDrafter:
     """A causal language model that drafts, dense or quantized, with a cache of its own.
 
-    Greedy drafts are its best tokens; for sampling each is drawn from its distribution as the target's logits processors
-    make it, the children of one node without replacement.
+    Greedy drafts are its best tokens; for sampling each is drawn from its distribution as the target's logits
+    processors make it, the children of one node without replacement.
 
     Args:
         model: With the target's vocabulary.
@@ -145,8 +145,7 @@ class ModelDrafter:
 
 
 class SkipLayers:
-    """Drafts with some of the target's own blocks, which takes no further memory for weights (self-speculative decoding,
-    Zhang et al. 2024).
+    """Drafts with some of the target's own blocks, without more memory for weights (Zhang et al. 2024, Draft & Verify).
 
     Without training few drafts are accepted: the loop then stops drafting.
 

@@ -215,6 +215,6 @@ def check_cache(cache: Cache) -> None:
         croppable = layer.is_croppable and hasattr(layer, "crop") and not isinstance(layer, BaseQuantizedLayer)
         if not (isinstance(layer, Layer) or croppable):
             raise ValueError(
-                f"Tokens can't be taken back from the cache's {type(layer).__name__}, as speculative decoding needs: use "
-                "a DynamicCache or one of hf_efficiency's caches."
+                f"Tokens can't be taken back from the cache's {type(layer).__name__}, as speculative decoding needs: "
+                "use a DynamicCache or one of hf_efficiency's caches."
             )

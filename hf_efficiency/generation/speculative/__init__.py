@@ -1,4 +1,7 @@
-"""Speculative decoding: drafts, trees, acceptance, and how much to draft. Plain torch; the loop lies in the integration."""
+"""Speculative decoding: drafts, trees, acceptance, and how much to draft.
+
+Plain torch; the loop lies in the integration.
+"""
 
 from hf_efficiency.generation.speculative.adapt import DraftControl
 from hf_efficiency.generation.speculative.draft import Draft, Drafter, Scorer

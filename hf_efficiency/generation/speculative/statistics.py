@@ -55,6 +55,7 @@ class SpeculativeStatistics:
         """One line."""
         rates = ", ".join(f"{rate:.2f}" for rate in self.acceptance_rate[:5])
         return (
-            f"{self.tokens} tokens, {self.tokens_per_forward:.2f} a target forward; acceptance {self.mean_acceptance:.2f} "
-            f"(by position {rates or '-'}); {self.draft_seconds:.2f} s drafting, {self.verify_seconds:.2f} s verifying"
+            f"{self.tokens} tokens, {self.tokens_per_forward:.2f} a target forward; "
+            f"acceptance {self.mean_acceptance:.2f} (by position {rates or '-'}); "
+            f"{self.draft_seconds:.2f} s drafting, {self.verify_seconds:.2f} s verifying"
         )

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from hf_efficiency.generation.speculative.draft import Draft
-from hf_efficiency.kernels.spec_verify import verify_chain, verify_chain_greedy, verify_tree, verify_tree_greedy
+from hf_efficiency.kernels.spec_verify import (
+    reference,
+    verify_chain,
+    verify_chain_greedy,
+    verify_tree,
+    verify_tree_greedy,
+)
 
 
 def verify(draft: Draft, scores: Tensor, *, greedy: bool) -> tuple[list[list[int]], list[int]]:
@@ -30,31 +36,43 @@ def verify(draft: Draft, scores: Tensor, *, greedy: bool) -> tuple[list[list[int
     Raises:
         ValueError: Scores of a row that leave no token.
     """
-    tokens = draft.tokens
-    b, n = tokens.shape
     if draft.parents is None:
-        if greedy:
-            count, after = verify_chain_greedy(tokens, scores)
-        else:
-            count, after = verify_chain(tokens, _drawn_from(draft, scores), _probs(scores), _uniforms(b, n, scores))
-        paths = [list(range(accepted)) for accepted in count.tolist()]
-        return paths, _tokens(after)
-    parents = torch.tensor(draft.parents, device=tokens.device).expand(b, n).contiguous()
-    if greedy:
-        path, count, after = verify_tree_greedy(tokens, parents, scores)
-    else:
-        drawn, uniforms = _drawn_from(draft, scores), _uniforms(b, n, scores)
-        path, count, after = verify_tree(tokens, parents, drawn, _probs(scores), uniforms, replacement=False)
+        count, after = _verify_chain(draft, scores, greedy)
+        return [list(range(accepted)) for accepted in count.tolist()], _tokens(after)
+    path, count, after = _verify_tree(draft, scores, greedy)
     paths = [row[:accepted] for row, accepted in zip(path.tolist(), count.tolist(), strict=True)]
     return paths, _tokens(after)
+
+
+def _verify_chain(draft: Draft, scores: Tensor, greedy: bool) -> tuple[Tensor, Tensor]:
+    tokens = draft.tokens
+    if greedy:
+        kernel = verify_chain_greedy if scores.is_cuda else reference.verify_chain_greedy
+        return kernel(tokens, scores, None)
+    chain = verify_chain if scores.is_cuda else reference.verify_chain
+    return chain(tokens, _drawn_from(draft, scores), _probs(scores), _uniforms(tokens, scores), None)
+
+
+def _verify_tree(draft: Draft, scores: Tensor, greedy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = draft.tokens
+    n = tokens.shape[1]
+    parents = torch.tensor(draft.parents, device=tokens.device).expand_as(tokens).contiguous()
+    if greedy:
+        if scores.is_cuda:
+            return verify_tree_greedy(tokens, parents, scores)
+        return reference.verify_tree_greedy(tokens, parents, scores, None, n)
+    given = tokens, parents, _drawn_from(draft, scores), _probs(scores), _uniforms(tokens, scores)
+    if scores.is_cuda:
+        return verify_tree(*given, replacement=False)
+    return reference.verify_tree(*given, None, replacement=False, max_depth=n)
 
 
 def _probs(scores: Tensor) -> Tensor:
     return torch.softmax(scores, -1)
 
 
-def _uniforms(b: int, n: int, scores: Tensor) -> Tensor:
-    return torch.rand(b, n + 1, device=scores.device)
+def _uniforms(tokens: Tensor, scores: Tensor) -> Tensor:
+    return torch.rand(tokens.shape[0], tokens.shape[1] + 1, device=scores.device)
 
 
 def _drawn_from(draft: Draft, scores: Tensor) -> Tensor:
