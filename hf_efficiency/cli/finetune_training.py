@@ -123,11 +123,33 @@ def build_trainer(
     """
     from datasets import Dataset, disable_progress_bars
 
-    trl = importlib.import_module("trl")
     disable_progress_bars()
-    size, rounds = micro_batch(args)
     train, held_out, masks = _rows(args, data, tokenizer)
-    config = trl.SFTConfig(
+    config = _sft_config(args, data, device, bf16=bf16, packing=packing, masks=masks)
+    trainer = _trainer_class()(
+        model,
+        args=config,
+        train_dataset=Dataset.from_list(train),
+        eval_dataset=Dataset.from_list(held_out),
+        processing_class=tokenizer,
+        callbacks=[*callbacks, Progress()],
+        optimizer_cls_and_kwargs=_galore(model, config),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    for name, dataset in (("data", trainer.train_dataset), ("held-out data", trainer.eval_dataset)):
+        if not len(dataset):
+            raise ValueError(f"no row of the {name} is left: after {args.seq_len} tokens (--seq-len) none has a token "
+                             "to learn")  # fmt: skip
+    return trainer
+
+
+def _sft_config(
+    args: argparse.Namespace, data: TrainingData, device: str, *, bf16: bool, packing: bool, masks: dict[str, Any]
+) -> Any:
+    """TRL's arguments for what was typed; `masks` are those that say which tokens are learned."""
+    size, rounds = micro_batch(args)
+    return importlib.import_module("trl").SFTConfig(
         str(resume_folder(args)),
         per_device_train_batch_size=size,
         per_device_eval_batch_size=size,
@@ -160,22 +182,6 @@ def build_trainer(
         packing_strategy="wrapped" if data.document else "bfd_split" if data.kind == "text" else "bfd",
         **masks,
     )
-    trainer = _trainer_class()(
-        model,
-        args=config,
-        train_dataset=Dataset.from_list(train),
-        eval_dataset=Dataset.from_list(held_out),
-        processing_class=tokenizer,
-        callbacks=[*callbacks, Progress()],
-        optimizer_cls_and_kwargs=_galore(model, config),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    for name, dataset in (("data", trainer.train_dataset), ("held-out data", trainer.eval_dataset)):
-        if not len(dataset):
-            raise ValueError(f"no row of the {name} is left: after {args.seq_len} tokens (--seq-len) none has a token "
-                             "to learn")  # fmt: skip
-    return trainer
 
 
 def _galore(model: PeftModel, config: Any) -> Any:
