@@ -88,11 +88,6 @@ def _exact(dtype: torch.dtype, real: bool) -> bool:
     return dtype != torch.float32 and not real
 
 
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """None under the interpreter too."""
-    return None if device.type != "cuda" or torch.version.hip else torch.cuda.get_device_capability(device)
-
-
 @triton.jit
 def _sylvester(i, j):
     """+1 or -1: the entry (i, j), below 256, of Sylvester's matrix."""
