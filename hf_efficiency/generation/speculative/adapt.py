@@ -35,7 +35,7 @@ class DraftControl:
 
         Args:
             room: Tokens that may still be written after the next one.
-            strength: Class of the draft at hand.
+            strength: Class of the draft at hand: 0, or how many tokens of the text speak for it.
             free: Whether drafts cost nothing, so that there is no reason to pause.
         """
         most = max(0, min(len(self.branching), room))
@@ -67,7 +67,8 @@ class DraftControl:
         """The acceptance expected at a depth (from 1), given acceptance before it."""
         weights = self.rates.get(strength, [])
         accepted, total = weights[depth - 1] if depth <= len(weights) else (0.0, 0.0)
-        prior = _PRIOR_RATE if depth == 1 else self.rate(strength, depth - 1)
+        first = strength / (strength + 3) if strength else _PRIOR_RATE
+        prior = first if depth == 1 else self.rate(strength, depth - 1)
         return (accepted + prior * _PRIOR_COUNT) / (total + _PRIOR_COUNT)
 
     def record(self, strength: int, available: int, accepted: int) -> None:

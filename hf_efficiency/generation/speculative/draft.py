@@ -20,8 +20,8 @@ class Draft:
         parents: Of each token: -1 for those that follow the text, else an earlier token; None for a chain.
         probs: (b, m, v) float32, row 0 what the text's followers were drawn from, row i + 1 those of token i; None if
             nothing was drawn, so that each token had probability 1.
-        strength: Class of the draft's trustworthiness, for drafts of which some are better than others; rates of
-            acceptance are kept apart by it.
+        strength: Where some drafts are better than others: how many tokens of the text speak for this one; else 0.
+            Rates of acceptance are kept apart by it.
     """
 
     tokens: Tensor

@@ -92,7 +92,7 @@ def test_the_next_token_has_the_targets_distribution(tree):
     assert chisquare(counts.numpy(), (p.double() / p.double().sum() * n).numpy()).pvalue > 1e-3
     # Leviathan et al. 2023, section 3.1: a chain accepts sum(min(p, q)) = 0.45; three children accept more
     rate = sum(map(len, paths)) / n
-    assert rate == pytest.approx(0.45, abs=0.02) if not tree else rate > 0.9
+    assert rate == pytest.approx(0.45, abs=0.02) if not tree else rate > 0.6
 
 
 def test_verify_refuses_what_it_cannot_draw():

@@ -164,7 +164,13 @@ def test_sampled_text_has_the_targets_distribution(name):
     assert counts[wanted == 0].sum() == 0
     seen = wanted > 0
     assert chisquare(counts[seen].numpy(), (wanted[seen] / wanted[seen].sum() * n).numpy()).pvalue > 1e-3
-    assert method.statistics.mean_acceptance > 0.2
+    assert 0.1 < method.statistics.mean_acceptance <= 1
+
+
+@pytest.fixture
+def _references(monkeypatch):
+    """The kernels' references, as on any CPU: Triton's interpreter takes a second a call."""
+    monkeypatch.setenv("HF_EFFICIENCY_KERNELS", "reference")
 
 
 CACHES = {
@@ -175,6 +181,7 @@ CACHES = {
 }
 
 
+@pytest.mark.usefixtures("_references")
 @pytest.mark.parametrize("shape", [{"k": 3}, {"branching": (2, 2)}], ids=["chain", "tree"])
 @pytest.mark.parametrize("name", CACHES)
 def test_our_caches(pair, name, shape):
@@ -191,6 +198,7 @@ def test_our_caches(pair, name, shape):
     assert cache.get_seq_length() == held.get_seq_length()
 
 
+@pytest.mark.usefixtures("_references")
 @pytest.mark.parametrize("name", ["quantized", "h2o", "dynamic"])
 def test_a_batch_on_a_given_cache_keeps_its_rows_together(name, pair):
     target, draft = build_llama(), pair[1]
