@@ -152,6 +152,8 @@ def gptq_solve(weight: Tensor, inverse: Tensor, grid: AffineGrid, order: Tensor 
     # Every row of U over its diagonal, so that the columns' errors need not be divided one by one.
     spread = inverse / inverse.diagonal().unsqueeze(1)
     errors, rounded = (torch.empty(step, d_out, device=weight.device) for _ in range(2))
+    # Views made once: picking rows one by one costs as much as the arithmetic of a narrow layer.
+    error_rows, rounded_rows, scale_rows, zero_rows = (t.unbind() for t in (errors, rounded, scale_t, zero_t))
     for start in range(0, d_in, step):
         stop = min(start + step, d_in)
         if not static and start % size == 0:
@@ -160,8 +162,8 @@ def gptq_solve(weight: Tensor, inverse: Tensor, grid: AffineGrid, order: Tensor 
             scale_t[groups[start]], zero_t[groups[start]] = scale[:, 0], zero[:, 0]
         block = w[start:stop]
         for i, column in enumerate(block.unbind()):
-            s, z = scale_t[groups[start + i]], zero_t[groups[start + i]]
-            level, q, error = torch.addcdiv(z, column, s), rounded[i], errors[i]
+            s, z = scale_rows[groups[start + i]], zero_rows[groups[start + i]]
+            level, q, error = torch.addcdiv(z, column, s), rounded_rows[i], error_rows[i]
             torch.round(level, out=q).clamp_(0, grid.top)
             torch.mul(level.sub_(q), s, out=error)
             block[i + 1 :].addr_(spread[start + i, start + i + 1 : stop], error, alpha=-1)
