@@ -21,24 +21,11 @@ class TopK:
         ids: (c, k) int64, the most likely tokens, in falling order.
         log_p: (c, k) float32.
         log_rest: (c,) float32, log of the mass of all other tokens.
-        tail: (V,) float32, log of a distribution in whose proportions the rest is spread over its tokens. None: the
-            rest is one outcome, "any other token", and its inside does not count.
     """
 
     ids: Tensor
     log_p: Tensor
     log_rest: Tensor
-    tail: Tensor | None = None
-
-    def __getitem__(self, part: slice | Tensor) -> "TopK":
-        """Some of the rows."""
-        return TopK(self.ids[part], self.log_p[part], self.log_rest[part], self.tail)
-
-    def completed(self, tail: Tensor) -> Tensor:
-        """Log-probabilities (c, V) of all tokens, with the rest spread as `tail` (V,) has it."""
-        inside = tail.exp()[self.ids].sum(-1)
-        share = self.log_rest - torch.log1p(-inside.clamp(max=1 - 1e-6))
-        return (tail + share[:, None]).scatter_(-1, self.ids, self.log_p)
 
     def outcomes(self) -> Tensor:
         """Log-probabilities (c, k + 1) of the kept tokens and of the rest."""
@@ -80,14 +67,12 @@ def soft_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """The soft loss (c,) and its gradient (c, V), of log_q (c, V) at the objective's temperature.
 
-    Against a cache without a tail the divergence is that over k + 1 outcomes, of which the last is "any other token": a
-    lower bound on the full one (data processing), equal to it where both agree on the shape of the tail.
+    Against a cache the divergence is that over k + 1 outcomes, of which the last is "any other token": a lower bound
+    on the full one (data processing), equal to it where teacher and student agree on the shape of the tail.
     """
     if isinstance(target, Tensor):
         log_p = log_softmax(target[:, : log_q.shape[-1]], objective.temperature)
         return objective.soft(log_p, log_q, gradient=gradient)
-    if target.tail is not None:
-        return objective.soft(target.completed(target.tail[: log_q.shape[-1]]), log_q, gradient=gradient)
     merged = target.merged(log_q)
     losses, grad = objective.soft(target.outcomes(), merged, gradient=gradient)
     return losses, None if grad is None else target.spread(grad, log_q, merged)

@@ -24,8 +24,6 @@ from hf_efficiency.distillation.targets import TopK
 
 MANIFEST = "teacher_cache.json"
 VERSION = 1
-TAILS = ("mean", "merged")
-_TAIL_ENTRIES = 2**25  # kept probabilities that the mean is taken over
 
 
 def arrow() -> Any:
@@ -82,17 +80,12 @@ class TeacherCache:
 
     Args:
         folder: Where `cache_teacher` or `hf-efficiency cache-teacher` wrote it.
-        tail: How the mass that is not kept enters the loss. `"mean"`: spread over its tokens in proportion to their
-            mean probability in the whole cache, so that a student that starts far off is drawn to likely tokens;
-            `"merged"`: as one outcome, whose inside the student is free to fill.
 
     Raises:
-        ValueError: There is no cache in the folder, it is of another version, or not finished; an unknown `tail`.
+        ValueError: There is no cache in the folder, it is of another version, or not finished.
     """
 
-    def __init__(self, folder: str | Path, tail: str = "mean") -> None:
-        if tail not in TAILS:
-            raise ValueError(f"tail={tail!r} is unknown: choose one of {', '.join(TAILS)}.")
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         if not self.manifest["complete"]:
@@ -109,20 +102,6 @@ class TeacherCache:
             columns = {column: table.column(column).chunk(0) for column in table.column_names}
             self._tables.append(columns)
             self._places |= {key: (i, row) for row, key in enumerate(columns["key"].to_pylist())}
-        self.tail = self._mean() if tail == "mean" else None
-
-    def _mean(self) -> Tensor:
-        """Log of the mean of the kept probabilities (V,), with what was not kept spread evenly."""
-        sums, rest, tokens = np.zeros(self.vocab_size), 0.0, 0
-        for columns in self._tables:
-            ids, log_p, log_rest = (_flat(columns[name]) for name in ("top_ids", "log_p", "log_rest"))
-            sums += np.bincount(ids, np.exp(log_p.astype(np.float32)), self.vocab_size)
-            rest += float(np.exp(log_rest).sum())
-            tokens += len(log_rest)
-            if tokens * int(self.manifest["top_k"]) > _TAIL_ENTRIES:
-                break
-        mean = (sums + rest / self.vocab_size) / tokens
-        return torch.from_numpy(np.log(mean / mean.sum())).float()
 
     @property
     def temperature(self) -> float:
@@ -182,7 +161,7 @@ class TeacherCache:
         top = _values(columns["top_ids"], row).astype(np.int64).reshape(-1, k)
         log_p = _values(columns["log_p"], row).astype(np.float32).reshape(-1, k)
         rest = _values(columns["log_rest"], row).astype(np.float32)
-        return TopK(torch.from_numpy(top), torch.from_numpy(log_p), torch.from_numpy(rest), self.tail)
+        return TopK(*(torch.from_numpy(values) for values in (top, log_p, rest)))
 
     def lookup(self, input_ids: Tensor, attention_mask: Tensor, valid: Tensor) -> TopK:
         """The rows (n,) of a batch that `valid` asks for, on the device of the batch.
@@ -199,13 +178,9 @@ class TeacherCache:
         for ids, mask, wanted in zip(input_ids.cpu(), attention_mask.cpu().bool(), valid.cpu(), strict=True):
             rows = self.rows(ids[mask])
             first = int(mask.int().argmax())
-            part = rows[wanted.nonzero()[:, 0] - first]
-            found.append((part.ids, part.log_p, part.log_rest))
-        device = input_ids.device
-        if self.tail is not None:
-            self.tail = self.tail.to(device)
-        ids, log_p, log_rest = (torch.cat(parts).to(device) for parts in zip(*found, strict=True))
-        return TopK(ids, log_p, log_rest, self.tail)
+            at = wanted.nonzero()[:, 0] - first
+            found.append((rows.ids[at], rows.log_p[at], rows.log_rest[at]))
+        return TopK(*(torch.cat(parts).to(input_ids.device) for parts in zip(*found, strict=True)))
 
     def dataset(self) -> "CachedSequences":
         """The sequences of the cache, to train on: rows of `input_ids` and `labels`."""
@@ -249,11 +224,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"The teacher cache {str(folder)!r} is of version {manifest.get('version')}, this code reads {VERSION}."
         )
     return manifest
-
-
-def _flat(column: Any) -> Any:
-    """All lists of a list column, one after the other, as numpy without a copy."""
-    return column.flatten().to_numpy(zero_copy_only=True)
 
 
 def _values(column: Any, row: int) -> Any:

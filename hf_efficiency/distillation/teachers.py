@@ -47,7 +47,7 @@ class CachedRows:
 
     def __call__(self, part: slice) -> TopK:
         """Those of a slice."""
-        return self.rows[part]
+        return TopK(self.rows.ids[part], self.rows.log_p[part], self.rows.log_rest[part])
 
 
 @dataclass(frozen=True)

@@ -204,18 +204,6 @@ def test_certain_teacher_and_student():
         assert grad.isfinite().all()
 
 
-def test_rest_is_spread_as_the_tail_has_it():
-    """p = (.5, .2 | .3), tail (.1, .2, .3, .4): the rest's two tokens get 3/7 and 4/7 of it."""
-    tail = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
-    kept = TopK(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.2]]).log(), torch.tensor([0.3]).log(), tail)
-    assert kept.completed(tail)[0].exp().tolist() == pytest.approx([0.5, 0.2, 0.3 * 3 / 7, 0.3 * 4 / 7])
-    log_q = torch.tensor([[0.25, 0.25, 0.25, 0.25]]).log()
-    values, grad = soft_loss(Objective(), kept, log_q)
-    p = kept.completed(tail).exp()
-    assert values.item() == pytest.approx((p * (4 * p).log()).sum().item(), rel=1e-5)
-    torch.testing.assert_close(grad, 0.25 - p)
-
-
 @pytest.mark.parametrize("k", [0, 11])
 def test_k_out_of_range(k):
     with pytest.raises(ValueError, match=f"top_k={k} must be at least 1 and below the vocabulary's 11"):

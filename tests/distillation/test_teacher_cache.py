@@ -44,19 +44,6 @@ def test_holds_what_the_teacher_says(cache, teacher, sequences):
         torch.testing.assert_close(rows.log_rest.exp(), 1 - expected.sum(-1), rtol=1e-3, atol=1e-5)
 
 
-def test_tail_is_the_mean_of_what_was_kept(cache, teacher, sequences):
-    sums, rest = torch.zeros(384), 0.0
-    for ids in sequences:
-        rows = cache.rows(torch.tensor(ids))
-        sums.index_add_(0, rows.ids.flatten(), rows.log_p.exp().flatten())
-        rest += rows.log_rest.exp().sum()
-    expected = (sums + rest / 384) / (sums.sum() + rest)
-    torch.testing.assert_close(cache.tail.exp(), expected, rtol=1e-3, atol=1e-6)
-    assert TeacherCache(cache.folder, tail="merged").rows(torch.tensor(sequences[0])).tail is None
-    with pytest.raises(ValueError, match="tail='zero' is unknown: choose one of mean, merged"):
-        TeacherCache(cache.folder, tail="zero")
-
-
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_lookup_of_a_padded_batch(cache, sequences, side):
     chosen = [sequences[i] for i in (5, 1, 4)]
