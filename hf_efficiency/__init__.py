@@ -56,6 +56,7 @@ if TYPE_CHECKING:
         load_cache,
         make_cache,
     )
+    from hf_efficiency.integrations.transformers.compression import compress_prompt
     from hf_efficiency.integrations.transformers.distillation import DistillTrainer
     from hf_efficiency.integrations.transformers.distillation_config import DistillConfig
     from hf_efficiency.integrations.transformers.galore import galore
@@ -111,6 +112,7 @@ _EXPORTS = {
     "SnapKVCache": "hf_efficiency.integrations.transformers.caches",
     "StreamingCache": "hf_efficiency.integrations.transformers.caches",
     "TOVACache": "hf_efficiency.integrations.transformers.caches",
+    "compress_prompt": "hf_efficiency.integrations.transformers.compression",
     "convert_attention": "hf_efficiency.integrations.transformers.caches",
     "load_cache": "hf_efficiency.integrations.transformers.caches",
     "make_cache": "hf_efficiency.integrations.transformers.caches",
@@ -156,6 +158,7 @@ __all__ = [
     "TeacherCache",
     "__version__",
     "cache_teacher",
+    "compress_prompt",
     "convert_attention",
     "galore",
     "load_cache",

@@ -1,0 +1,5 @@
+"""Shorter prompts with models of `transformers`: `compress_prompt`, the token classifier and gist tokens."""
+
+from hf_efficiency.integrations.transformers.compression.prompt import METHODS, compress_prompt
+
+__all__ = ["METHODS", "compress_prompt"]
