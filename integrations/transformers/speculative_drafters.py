@@ -125,7 +125,8 @@ class ModelDrafter:
             if before is not None:
                 positions = (before.long().cumsum(1) - 1).clamp(min=0)
             arguments: dict[str, Any] = {"position_ids": positions, "attention_mask": before}
-            if self.model._supports_logits_to_keep():
+            model: Any = self.model
+            if model._supports_logits_to_keep():
                 arguments["logits_to_keep"] = 1
             accepted = _accepted_arguments(self.model, arguments)
             self.model(input_ids=ids[:, : n - 1], past_key_values=cache, use_cache=True, **accepted)

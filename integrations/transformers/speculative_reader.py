@@ -40,6 +40,7 @@ class Reader:
         """
         check_cache(cache)
         self.model, self.cache, self.mask, self.positions, self.extra = model, cache, mask, positions, extra
+        self.layers: list[Any] = cache.layers  # of several classes of the host's
         self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
         self.length, self.open = int(cache.get_seq_length()), 0
         self.parents: list[int] = []
@@ -172,7 +173,7 @@ class Reader:
 
     def _rearrange(self, order: Tensor) -> None:
         """Takes slots by number (b or 1, s), counted from the first token seen."""
-        for layer in self.cache.layers:
+        for layer in self.layers:
             if not isinstance(layer, DynamicLayer) or not layer.is_initialized:
                 continue
             if layer.keys is None or layer.values is None:
@@ -192,14 +193,14 @@ class Reader:
             return
         lead = int((self.mask.cumsum(1) == 0).all(0).sum())
         if lead:
-            for layer in self.cache.layers:
+            for layer in self.layers:
                 if layer.is_initialized:
                     layer.keys, layer.values = layer.keys[:, :, lead:], layer.values[:, :, lead:]
             self.mask, self.length = self.mask[:, lead:], self.length - lead
 
     def close(self) -> None:
         """Takes back what is still open, in each layer as far as it got, and lets the cache be used by others."""
-        for layer in self.cache.layers:
+        for layer in self.layers:
             over = int(layer.get_seq_length()) - self.length if layer.is_initialized else 0
             if over > 0:
                 layer.crop(-over)

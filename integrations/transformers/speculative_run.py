@@ -17,7 +17,7 @@ from hf_efficiency.generation.speculative import Draft, DraftControl, Scorer, Sp
 from hf_efficiency.integrations.transformers.speculative_reader import Reader
 from hf_efficiency.integrations.transformers.speculative_text import Rows, Scores, Stops
 from transformers import PreTrainedModel
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 _NOT_FORWARDED = {"input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache"}
 _NOT_FORWARDED |= {"logits_to_keep", "token_type_ids", "mm_token_type_ids"}
@@ -72,7 +72,8 @@ class Run:
             self.owner.streamer.put(self.input_ids.cpu())
         began = self.clock()
         with torch.no_grad():
-            outputs = self.model._prefill(self.input_ids, self.config, self.kwargs)
+            model: Any = self.model
+            outputs = model._prefill(self.input_ids, self.config, self.kwargs)
             logits = outputs.logits[:, -1:]
             self._open_reader(outputs.past_key_values, logits)
             del outputs
@@ -279,7 +280,8 @@ class Run:
         ids = self.rows.stacked(self._pad())
         if not self.config.return_dict_in_generate:
             return ids
-        return SpeculativeOutput(
+        output: Any = SpeculativeOutput
+        return output(
             sequences=ids,
             scores=_by_step(self.kept_scores),
             logits=_by_step(self.kept_logits),
