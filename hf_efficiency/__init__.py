@@ -56,7 +56,7 @@ if TYPE_CHECKING:
         load_cache,
         make_cache,
     )
-    from hf_efficiency.integrations.transformers.compression import compress_prompt
+    from hf_efficiency.integrations.transformers.compression import GistModel, compress_prompt
     from hf_efficiency.integrations.transformers.distillation import DistillTrainer
     from hf_efficiency.integrations.transformers.distillation_config import DistillConfig
     from hf_efficiency.integrations.transformers.galore import galore
@@ -112,6 +112,7 @@ _EXPORTS = {
     "SnapKVCache": "hf_efficiency.integrations.transformers.caches",
     "StreamingCache": "hf_efficiency.integrations.transformers.caches",
     "TOVACache": "hf_efficiency.integrations.transformers.caches",
+    "GistModel": "hf_efficiency.integrations.transformers.compression",
     "compress_prompt": "hf_efficiency.integrations.transformers.compression",
     "convert_attention": "hf_efficiency.integrations.transformers.caches",
     "load_cache": "hf_efficiency.integrations.transformers.caches",
@@ -136,6 +137,7 @@ __all__ = [
     "GPTQConfig",
     "GaLoreAdamW",
     "GaLoreConfig",
+    "GistModel",
     "H2OCache",
     "IntrinsicConfig",
     "MixtureCallback",

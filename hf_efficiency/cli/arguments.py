@@ -11,7 +11,15 @@ from hf_efficiency.cli.options.common import MODEL, add_measuring, add_placement
 METHODS = ("rtn", "gptq", "awq", "nf4", "quip-sharp")
 # Commands whose options lie in a module of their own in `hf_efficiency.cli.options`, which is named like the command
 # with underscores; so is the module of `hf_efficiency.cli` that runs it.
-_COMMANDS: tuple[str, ...] = ("bench-generate", "cache-teacher", "distill-draft", "finetune", "generate", "select")
+_COMMANDS: tuple[str, ...] = (
+    "bench-generate",
+    "cache-teacher",
+    "distill-draft",
+    "finetune",
+    "generate",
+    "select",
+    "train-compressor",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:

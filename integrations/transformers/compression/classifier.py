@@ -91,13 +91,14 @@ def train_classifier(
             for step, index in enumerate(torch.randperm(len(examples), generator=generator).tolist()):
                 ids, labels = (torch.tensor([row], device=model.device) for row in examples[index])
                 loss = model(ids, labels=labels).loss
+                value = float(loss.detach())
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
-                total += float(loss)
+                total += value
                 if on_step is not None:
-                    on_step(step, float(loss))
+                    on_step(step, value)
             losses.append(total / len(examples))
     finally:
         model.train(mode)

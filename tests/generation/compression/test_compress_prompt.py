@@ -41,7 +41,8 @@ def test_digits_and_forced_strings_stay_without_a_question(method, prompt, tiny_
     found = compress_prompt(
         prompt, ratio=0.3, method=method, force=["night"], model=tiny_llama, tokenizer=tiny_tokenizer
     )
-    assert "4821" in found.text and "night" in found.text
+    assert "4821" in found.text
+    assert "night" in found.text
     assert found.ratio == pytest.approx(0.3, rel=0.03)
 
 
@@ -73,7 +74,8 @@ def test_chat_keeps_roles_and_the_last_question(prompt, tiny_llama, tiny_tokeniz
 def test_documents_are_put_in_order_of_relevance(texts, tiny_tokenizer):
     documents = [texts[0][:300], FACT, Segment(QUESTION, "question")]
     found = compress_prompt(documents, ratio=0.6, method="coarse", tokenizer=tiny_tokenizer, reorder=True)
-    assert found.text.startswith(FACT) and found.text.endswith(QUESTION)
+    assert found.text.startswith(FACT)
+    assert found.text.endswith(QUESTION)
 
 
 def test_surprisal_reads_like_one_forward(tiny_llama, tiny_tokenizer):
