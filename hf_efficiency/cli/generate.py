@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from hf_efficiency.cli.generation import Drafts, Setting, encode, pad_token, rea
 from hf_efficiency.cli.models import load_model, load_tokenizer, resolve
 from hf_efficiency.evaluation import read_text
 from hf_efficiency.evaluation.metrics import GREEDY, evaluating
+from hf_efficiency.integrations.transformers.compression import compress_prompt
 
 if TYPE_CHECKING:
     import argparse
@@ -21,13 +23,17 @@ def run(args: argparse.Namespace) -> int:
     """Carry out the command."""
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; it must be at least 1")
+    if args.compress is None and args.compress_with is not None:
+        raise ValueError(
+            "--compress-with says who shortens the prompt, and by how much is missing: add --compress 0.5, say"
+        )
     setting = _setting(args)
     choosing = _choosing(args)
     prompt = args.prompt if args.prompt_file is None else read_text(args.prompt_file).text
     with resolve(args.model) as source:
         tokenizer = load_tokenizer(source)
-        inputs = encode(tokenizer, prompt, raw=args.raw)
         model = load_model(source.path, args.dtype, args.device)
+        inputs = encode(tokenizer, _shortened(args, prompt, model, tokenizer), raw=args.raw)
         with Drafts(tokenizer, args.dtype, args.device) as drafts:
             live = Live(tokenizer)
             arguments = drafts.arguments(setting, model, live)
@@ -45,6 +51,28 @@ def run(args: argparse.Namespace) -> int:
                 )
     print(live.summary(), file=sys.stderr)
     return 0
+
+
+def _shortened(args: argparse.Namespace, prompt: str, model: Any, tokenizer: Any) -> str:
+    """The prompt as the model gets it, compressed if asked for, with the question at its end."""
+    text = prompt
+    if args.compress is not None:
+        with contextlib.ExitStack() as stack:
+            small, reader = model, tokenizer
+            if args.compress_with is not None:
+                source = stack.enter_context(resolve(args.compress_with))
+                small, reader = load_model(source.path, args.dtype, args.device), load_tokenizer(source)
+            result = compress_prompt(
+                prompt,
+                ratio=args.compress,
+                question=args.question,
+                model=small,
+                tokenizer=reader,
+                target_tokenizer=tokenizer,
+            )
+        print(f"prompt: {result.original_tokens} tokens, {result.tokens} kept ({result.method})", file=sys.stderr)
+        text = result.text
+    return text if args.question is None or args.question in text else f"{text}\n\n{args.question}"
 
 
 def _setting(args: argparse.Namespace) -> Setting:

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 
@@ -36,6 +37,18 @@ def test_writes_the_same_with_any_draft_and_says_how_fast(ask, tmp_path, capsys)
     assert main(*ask, "--temperature", 0.8, "--draft", ask[1], "--seed", 3) == 0
 
 
+def test_shortens_the_prompt(tiny_llama_dir, tmp_path, capsys):
+    """The question stays, a third of the text goes, and what is printed is what the shorter prompt gives."""
+    (tmp_path / "prompt.txt").write_text("The key lies under the mat. " * 3 + "Rain fell on the hills all day. " * 9)
+    argv = ("generate", tiny_llama_dir, "--raw", "--max-new-tokens", 4, "--dtype", "float32")
+    question = ("--question", "Where is the key?")
+    assert main(*argv, "--prompt-file", tmp_path / "prompt.txt", "--compress", 0.5, *question) == 0
+    out, err = capsys.readouterr()
+    before, after = (int(n) for n in re.search(r"prompt: (\d+) tokens, (\d+) kept", err).groups())
+    assert abs(after - before / 2) <= max(1, 0.03 * before)
+    assert out.strip()
+
+
 def test_compares_settings(tiny_llama_dir, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("one two one two\n\nthe sea\n")
@@ -59,6 +72,10 @@ def test_distils_a_draft_from_a_log(tiny_llama_dir, tmp_path, capsys):
     assert json.loads((out / "config.json").read_text())["num_hidden_layers"] == 1
     assert main("generate", tiny_llama_dir, "--draft", out, "--max-new-tokens", 8) == 0
     assert main(*argv, "--draft", out, "--overwrite") == 0
+
+
+def test_a_judge_without_a_ratio(fails, ask):
+    assert "add --compress 0.5" in fails(*ask, "--compress-with", ask[1])
 
 
 def test_bad_input(fails, ask, tiny_llama_dir, tmp_path):

@@ -33,4 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     caches.add_argument(
         "--cache", metavar="NAME[,OPTION=VALUE...]", help="such as quantized,bits=4 or h2o,budget=256,recent=64"
     )
+    shorter = parser.add_argument_group("prompt compression")
+    shorter.add_argument("--compress", type=float, metavar="RATIO", help="share of the prompt's tokens to keep")
+    shorter.add_argument("--question", metavar="TEXT", help="what is asked of the prompt; put after it, never cut")
+    shorter.add_argument("--compress-with", metavar="MODEL", help="a small model that judges (default: MODEL itself)")
     add_placement(parser)
