@@ -53,7 +53,7 @@ class GistModel(nn.Module):
         if num_tokens < 1:
             raise ValueError(f"num_tokens is {num_tokens}; it must be at least 1")
         self.model = model
-        table = model.get_input_embeddings().weight.detach().float()
+        table = _embedding(model).weight.detach().float()
         start = table.mean(0) + 0.02 * torch.randn(num_tokens, table.shape[1], device=table.device)
         self.embeddings = nn.Parameter(start)
 
@@ -64,7 +64,7 @@ class GistModel(nn.Module):
             prompt: Ids (p).
             rest: Ids (n).
         """
-        embed = self.model.get_input_embeddings()
+        embed = _embedding(self.model)
         inputs = torch.cat((embed(prompt), self.embeddings.to(embed.weight.dtype), embed(rest)))[None]
         seen = gist_mask(len(prompt), len(self.embeddings), len(rest), inputs.device)
         mask = torch.zeros_like(seen, dtype=inputs.dtype).masked_fill(~seen, torch.finfo(inputs.dtype).min)
@@ -107,12 +107,13 @@ class GistModel(nn.Module):
     @torch.no_grad()
     def compress(self, prompt: Tensor) -> Gist:
         """The gist of a prompt's ids (p): keys and values of k tokens."""
-        embed = self.model.get_input_embeddings()
+        embed = _embedding(self.model)
         inputs = torch.cat((embed(prompt), self.embeddings.to(embed.weight.dtype)))[None]
         full = DynamicCache()
         self.model(inputs_embeds=inputs, past_key_values=full, use_cache=True, logits_to_keep=1)
         k, short = len(self.embeddings), DynamicCache()
-        for index, layer in enumerate(full.layers):
+        layers: list[Any] = full.layers
+        for index, layer in enumerate(layers):
             short.update(layer.keys[:, :, -k:].clone(), layer.values[:, :, -k:].clone(), index)
         return Gist(short, inputs.shape[1])
 
@@ -154,7 +155,7 @@ class GistModel(nn.Module):
         if not (path / _CONFIG).is_file():
             raise ValueError(f"{str(folder)!r} holds no gist tokens: it has no {_CONFIG}")
         config: dict[str, Any] = json.loads((path / _CONFIG).read_text())
-        width = model.get_input_embeddings().weight.shape[1]
+        width = _embedding(model).weight.shape[1]
         if config["hidden_size"] != width:
             raise ValueError(
                 f"the gist tokens in {str(folder)!r} have {config['hidden_size']} numbers each, but the model's "
@@ -163,3 +164,7 @@ class GistModel(nn.Module):
         made = cls(model, config["num_tokens"])
         made.embeddings.data.copy_(load_file(path / _WEIGHTS)["embeddings"])
         return made
+
+
+def _embedding(model: PreTrainedModel) -> Any:
+    return model.get_input_embeddings()

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 METHODS = ("auto", "coarse", "llmlingua", "longllmlingua", "llmlingua2", "attention", "selective-context")
 _WHOLE = 0.8  # share of the context's budget for whole sentences, where the others are cut by the word
 _ASKED = 0.4  # share of the context's tokens that the small model may read to judge sentences
-_TIES = 3  # sentences without a word of the question that it judges too, at least
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,8 @@ def _values(
     if small is None:
         from hf_efficiency.integrations.transformers.compression.classifier import keep_probabilities
 
-        return keep_probabilities(*classifier, text)
+        model, tokenizer = classifier
+        return keep_probabilities(model, tokenizer, text)
     if method == "longllmlingua" and question is not None:
         return small.contrast(text, question)
     if method == "attention":
