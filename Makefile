@@ -71,7 +71,7 @@ mypy: $(TOOLS)  ## types, checked on the package as it is installed
 		| sed -E 's#^hf_efficiency/integrations/([^_])#integrations/\1#'
 
 pytest: $(TOOLS)  ## every test, on all cores
-	OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --durations 15
+	OMP_NUM_THREADS=1 pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations 15
 
 bench: $(PACKAGE)  ## decode speed on this machine's CPU
 	python benchmarks/decode_cpu.py

@@ -19,6 +19,11 @@ from tests import tiny
 from tests.loaders import tables_kept
 
 
+def pytest_collection_modifyitems(items):
+    """The file that takes longest goes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_aot.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _loaders_of_other_modules():
     """What a module prefers ends with it."""
