@@ -3,30 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from hf_efficiency.adapters.adadora import AdaDoRA
 from hf_efficiency.adapters.rank_allocation import IMPORTANCES
 from hf_efficiency.integrations.peft.base import (
     AdapterLinear,
     LinearAdapterConfig,
-    LinearAdapterTuner,
     check_dropout,
     check_positive,
-    check_rank,
 )
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
-from hf_efficiency.integrations.peft.watch import TrainingWatch, watch
+from hf_efficiency.integrations.peft.watch import WatchedTuner
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from hf_efficiency.adapters.base import BaseLinear
-
-_UNTOUCHED = (
-    "this AdaDoRA model is trained and nobody allocates its budget: no rank is reduced. Add "
-    "hf_efficiency.AdaLoRACallback() to the Trainer's callbacks."
-)
 
 
 @dataclass
@@ -54,6 +45,7 @@ class AdaDoRAConfig(LinearAdapterConfig):
     """
 
     kind: ClassVar[EfficiencyPeftType] = EfficiencyPeftType.ADADORA
+    rank_field: ClassVar[str] = "init_r"
 
     init_r: int = 12
     target_r: int = 8
@@ -80,10 +72,6 @@ class AdaDoRAConfig(LinearAdapterConfig):
             if getattr(self, name) < 0:
                 raise ValueError(f"AdaDoRAConfig: {name}={getattr(self, name)} must not be below 0.")
 
-    def check_layer(self, name: str, base: BaseLinear) -> None:
-        """The rank must be one that the layer's matrix can have."""
-        check_rank(name, self.init_r, base)
-
 
 class AdaDoRALinear(AdapterLinear):
     """A linear layer with AdaDoRA on it."""
@@ -91,20 +79,19 @@ class AdaDoRALinear(AdapterLinear):
     adapter_layer_names = ("adadora_adapter",)
 
 
-class AdaDoRAModel(LinearAdapterTuner):
+class AdaDoRAModel(WatchedTuner):
     """Puts AdaDoRA into a model."""
 
     prefix = "adadora_"
     tuner_layer_cls = AdaDoRALinear
     config_class = AdaDoRAConfig
+    watched = "e"
+    untouched = (
+        "this AdaDoRA model is trained and nobody allocates its budget: no rank is reduced. Add "
+        "hf_efficiency.AdaLoRACallback() to the Trainer's callbacks."
+    )
 
     def make_adapter(self, config: AdaDoRAConfig, base: BaseLinear, name: str, shared: None) -> AdaDoRA:
         """The adapter of one layer."""
         r = (config.rank_pattern or {}).get(name, config.init_r)
         return AdaDoRA(base, r, config.lora_alpha / config.init_r, config.adadora_dropout)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter into the model, and a watch on its training."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layer = next(m for m in model.modules() if isinstance(m, AdaDoRALinear) and adapter_name in m.adapters)
-        watch(layer, TrainingWatch(layer.adapters[adapter_name].e, _UNTOUCHED))

@@ -5,7 +5,6 @@ A new type is a subclass of each (see `dvora.py`) and a line in `register.py`.
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_efficiency.adapters.base import BaseLinear, LinearAdapter
 from hf_efficiency.adapters.sublayers import block_names
+from hf_efficiency.adapters.targets import no_match
 from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
@@ -26,7 +26,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.integrations import dequantize_module_weight
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator
 
 
 @dataclass
@@ -44,6 +44,8 @@ class LinearAdapterConfig(PeftConfig):
 
     # The type's name and the prefix of its parameters; set by each type.
     kind: ClassVar[Any] = None
+    # The field that is a rank of the layer's matrix, where the type has one.
+    rank_field: ClassVar[str | None] = None
 
     target_modules: list[str] | set[str] | str | None = field(default="all-linear")
     exclude_modules: list[str] | set[str] | str | None = None
@@ -67,6 +69,8 @@ class LinearAdapterConfig(PeftConfig):
 
     def check_layer(self, name: str, base: BaseLinear) -> None:
         """Raises a ValueError that names the layer if this type cannot sit on it. Called before anything changes."""
+        if self.rank_field is not None:
+            check_rank(name, getattr(self, self.rank_field), base)
 
 
 def check_positive(owner: object, **values: float) -> None:
@@ -228,12 +232,16 @@ class LinearAdapterTuner(BaseTuner):
         """The adapter of one layer."""
         raise NotImplementedError
 
+    def check_targets(self, model: nn.Module, config: Any, layers: dict[str, BaseLinear]) -> None:
+        """Raises a ValueError for layers that this type cannot sit on as they stand in the model."""
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Puts an adapter into the model. `_pre_injection_hook` would be too early: PEFT runs it for the first only."""
         config: Any = self.peft_config[adapter_name]
         layers = self._targets(model, config)
         for name, base in layers.items():
             config.check_layer(name, base)
+        self.check_targets(model, config, layers)
         self._shared = self.make_shared(config, layers)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
@@ -248,10 +256,11 @@ class LinearAdapterTuner(BaseTuner):
             if name and ".base_layer" not in name and check_target_module_exists(config, name)
         }
         if not modules:
-            raise ValueError(_no_match(config.target_modules, model))
+            linears = [name for name, module in model.named_modules() if is_linear(module)]
+            raise ValueError(no_match(config.target_modules, linears))
         for name, module in modules.items():
-            layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-            if not isinstance(layer, nn.Linear | Conv1D):
+            layer = without_adapters(module)
+            if not is_linear(layer):
                 raise ValueError(
                     f"{config.peft_type.value} adapts linear layers, and {name} is a {type(layer).__name__}: "
                     "change target_modules or exclude it with exclude_modules."
@@ -328,9 +337,19 @@ def _check_fits(saved: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, 
         )
 
 
+def without_adapters(module: nn.Module) -> nn.Module:
+    """The layer under the adapters, or the module itself where there are none."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer multiplies by a matrix, dense or quantized."""
+    return isinstance(layer, nn.Linear | Conv1D)
+
+
 def linear_of(module: nn.Module) -> BaseLinear:
     """A layer, dense or quantized, `nn.Linear` or GPT-2's `Conv1D`, with or without adapters on it."""
-    layer: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    layer: Any = without_adapters(module)
     if isinstance(layer, Conv1D):
         d_in, d_out = layer.weight.shape
         return BaseLinear(lambda: layer.weight.detach().T, layer.bias, d_in, d_out)
@@ -346,16 +365,3 @@ def _is_quantized(layer: nn.Module) -> bool:
 
 def _dtype_of(adapter: nn.Module, default: torch.dtype) -> torch.dtype:
     return next((p.dtype for p in adapter.parameters() if p.is_floating_point()), default)
-
-
-def _no_match(targets: Any, model: nn.Module) -> str:
-    """The message for targets that name no layer: what there is, near misses first."""
-    known = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if _has_weight_matrix(module)})
-    wanted: Sequence[str] = [targets] if isinstance(targets, str) else sorted(targets)
-    near = sorted({hit for want in wanted for hit in difflib.get_close_matches(want.rpartition(".")[2], known)})
-    hint = f"Did you mean {', '.join(near)}?" if near else f"Its linear layers are called {', '.join(known)}."
-    return f"target_modules={targets!r} match no layer of the model. {hint}"
-
-
-def _has_weight_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_efficiency.adapters.bitfit import BitFit
 from hf_efficiency.adapters.sublayers import find_attention, find_feedforward
@@ -17,12 +16,13 @@ from hf_efficiency.integrations.peft.base import (
     LinearAdapterConfig,
     LinearAdapterTuner,
     in_chosen_blocks,
+    is_linear,
     linear_of,
+    without_adapters,
 )
 from hf_efficiency.integrations.peft.sublayers import check_choice
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
 from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
     _maybe_include_all_linear_layers,
     check_adapters_to_merge,
     check_target_module_exists,
@@ -140,7 +140,7 @@ class BitFitModel(LinearAdapterTuner):
         if not names:
             return super()._targets(model, config)  # which says what there is
         for name in names:
-            if not _has_place(_without_adapters(model.get_submodule(name)), config):
+            if not _has_place(without_adapters(model.get_submodule(name)), config):
                 raise ValueError(
                     f"{name} has no bias to train: leave it out, or give linear layers biases with add_bias=True."
                 )
@@ -183,25 +183,17 @@ def _find_biases(model: nn.Module, config: BitFitConfig) -> set[str]:
         probe.target_modules = "all-linear"
         _maybe_include_all_linear_layers(probe, model)
         names = set(probe.target_modules)
-        names = {name for name in names if not _is_norm(_without_adapters(model.get_submodule(name)))}
+        names = {name for name in names if not _is_norm(without_adapters(model.get_submodule(name)))}
         if config.biases == "all":
             inside = [name for name, module in model.named_modules() if ".base_layer" not in name]
-            names.update(name for name in inside if _is_norm(_without_adapters(model.get_submodule(name))))
-    found = {name for name in names if _has_place(_without_adapters(model.get_submodule(name)), config)}
+            names.update(name for name in inside if _is_norm(without_adapters(model.get_submodule(name))))
+    found = {name for name in names if _has_place(without_adapters(model.get_submodule(name)), config)}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no biases to train (biases={config.biases!r}): add_bias=True gives its linear "
             "layers some."
         )
     return in_chosen_blocks(model, found, config)
-
-
-def _without_adapters(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | Conv1D)
 
 
 def _is_norm(layer: nn.Module) -> bool:
@@ -211,8 +203,8 @@ def _is_norm(layer: nn.Module) -> bool:
 
 
 def _has_place(layer: nn.Module, config: BitFitConfig) -> bool:
-    return _is_norm(layer) or (_is_linear(layer) and (config.add_bias or layer.bias is not None))
+    return _is_norm(layer) or (is_linear(layer) and (config.add_bias or layer.bias is not None))
 
 
 def _width(layer: nn.Module) -> int:
-    return linear_of(layer).out_features if _is_linear(layer) else len(layer.bias)  # type: ignore[arg-type]
+    return linear_of(layer).out_features if is_linear(layer) else len(layer.bias)  # type: ignore[arg-type]

@@ -12,7 +12,6 @@ from hf_efficiency.integrations.peft.base import (
     LinearAdapterTuner,
     check_dropout,
     check_positive,
-    check_rank,
 )
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
 
@@ -41,6 +40,7 @@ class DyLoRAConfig(LinearAdapterConfig):
     """
 
     kind: ClassVar[EfficiencyPeftType] = EfficiencyPeftType.DYLORA
+    rank_field: ClassVar[str] = "r"
 
     r: int = 16
     min_rank: int = 1
@@ -56,10 +56,6 @@ class DyLoRAConfig(LinearAdapterConfig):
         for name, value in {"min_rank": self.min_rank, "used_rank": self.used_rank}.items():
             if value is not None and not 1 <= value <= self.r:
                 raise ValueError(f"DyLoRAConfig: {name}={value} must be between 1 and r={self.r}.")
-
-    def check_layer(self, name: str, base: BaseLinear) -> None:
-        """The rank must be one that the layer's matrix can have."""
-        check_rank(name, self.r, base)
 
 
 class DyLoRALinear(AdapterLinear):

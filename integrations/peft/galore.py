@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_efficiency.adapters.base import BaseLinear, LinearAdapter
-from hf_efficiency.integrations.peft.base import AdapterLinear, LinearAdapterConfig, LinearAdapterTuner, check_rank
+from hf_efficiency.integrations.peft.base import (
+    AdapterLinear,
+    LinearAdapterConfig,
+    LinearAdapterTuner,
+    without_adapters,
+)
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
 from hf_efficiency.optim import GaLoreOptions, variant_options
-from peft.tuners.tuners_utils import BaseTunerLayer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -55,6 +59,7 @@ class GaLoreConfig(LinearAdapterConfig):
     """
 
     kind: ClassVar[EfficiencyPeftType] = EfficiencyPeftType.GALORE
+    rank_field: ClassVar[str] = "r"
 
     r: int = 128
     variant: str = "galore"
@@ -77,10 +82,6 @@ class GaLoreConfig(LinearAdapterConfig):
         """What the optimizer is told."""
         given = {name: getattr(self, name) for name in _OPTION_FIELDS if getattr(self, name) is not None}
         return variant_options(self.variant, **{"rank": self.r, **given})
-
-    def check_layer(self, name: str, base: BaseLinear) -> None:
-        """ValueError for a rank above the layer's."""
-        check_rank(name, self.r, base)
 
 
 class DenseWeight(LinearAdapter):
@@ -196,12 +197,11 @@ class GaLoreModel(LinearAdapterTuner):
         layers = [layer for layer in self.model.modules() if isinstance(layer, GaLoreLinear)]
         return [weight for layer in layers for weight in layer.trained_weights()]
 
-    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Refuses what can't be trained before anything changes, for later adapters as for the first."""
-        for name, base in self._targets(model, peft_config).items():
-            peft_config.check_layer(name, base)
+    def check_targets(self, model: nn.Module, config: GaLoreConfig, layers: dict[str, BaseLinear]) -> None:
+        """Refuses what can't be trained."""
+        for name in layers:
             target = model.get_submodule(name)
-            layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+            layer = without_adapters(target)
             weight = getattr(layer, "weight", None)
             if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
                 raise ValueError(
@@ -209,7 +209,7 @@ class GaLoreModel(LinearAdapterTuner):
                     "layers in target_modules, load the model without quantization_config, or train adapters "
                     "(LoraConfig)."
                 )
-            if isinstance(target, GaLoreLinear) and not (peft_config.keep_base and target.keeps_base):
+            if isinstance(target, GaLoreLinear) and not (config.keep_base and target.keeps_base):
                 trained = "is" if not target.keeps_base else "would be"
                 raise ValueError(
                     f"The weight of {name}, which has the adapter {next(iter(target.adapters))!r}, {trained} trained "
@@ -226,8 +226,7 @@ class GaLoreModel(LinearAdapterTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        self._shared = DenseWeight(layer, peft_config.keep_base)
+        self._shared = DenseWeight(without_adapters(target), peft_config.keep_base)
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, current_key, parameter_name)
 
     def make_adapter(self, config: PeftConfig, base: BaseLinear, name: str, shared: DenseWeight) -> DenseWeight:

@@ -11,7 +11,6 @@ from hf_efficiency.integrations.peft.base import (
     LinearAdapterConfig,
     LinearAdapterTuner,
     check_positive,
-    check_rank,
 )
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
 
@@ -34,6 +33,7 @@ class SNELLConfig(LinearAdapterConfig):
     """
 
     kind: ClassVar[EfficiencyPeftType] = EfficiencyPeftType.SNELL
+    rank_field: ClassVar[str] = "r"
 
     r: int = 16
     sparsity: float = 0.9
@@ -49,10 +49,6 @@ class SNELLConfig(LinearAdapterConfig):
             raise ValueError(f"SNELLConfig: sparsity={self.sparsity} must be in [0, 1).")
         if self.norm not in (1, 2):
             raise ValueError(f"SNELLConfig: norm={self.norm} must be 1 or 2.")
-
-    def check_layer(self, name: str, base: BaseLinear) -> None:
-        """Refuses a rank above the layer's."""
-        check_rank(name, self.r, base)
 
 
 class SNELLLinear(AdapterLinear):

@@ -11,25 +11,17 @@ from hf_efficiency.adapters.sora import SoRA
 from hf_efficiency.integrations.peft.base import (
     AdapterLinear,
     LinearAdapterConfig,
-    LinearAdapterTuner,
     check_dropout,
     check_positive,
-    check_rank,
 )
 from hf_efficiency.integrations.peft.pruning import prune, trained_adapters
 from hf_efficiency.integrations.peft.types import EfficiencyPeftType
-from hf_efficiency.integrations.peft.watch import TrainingWatch, seen, watch
+from hf_efficiency.integrations.peft.watch import WatchedTuner, seen
 
 if TYPE_CHECKING:
-    from torch import nn
     from torch.optim import Optimizer
 
     from hf_efficiency.adapters.base import BaseLinear
-
-_UNTOUCHED = (
-    "this SoRA model is trained and nobody makes its gates sparse: no rank is pruned. Add "
-    "hf_efficiency.SoRACallback() to the Trainer's callbacks."
-)
 
 
 @dataclass
@@ -54,6 +46,7 @@ class SoRAConfig(LinearAdapterConfig):
     """
 
     kind: ClassVar[EfficiencyPeftType] = EfficiencyPeftType.SORA
+    rank_field: ClassVar[str] = "r"
 
     r: int = 16
     lora_alpha: float = 16
@@ -66,10 +59,6 @@ class SoRAConfig(LinearAdapterConfig):
         check_positive(self, r=self.r, lora_alpha=self.lora_alpha, sparse_lambda=self.sparse_lambda)
         check_dropout(self, sora_dropout=self.sora_dropout)
 
-    def check_layer(self, name: str, base: BaseLinear) -> None:
-        """The rank must be one that the layer's matrix can have."""
-        check_rank(name, self.r, base)
-
 
 class SoRALinear(AdapterLinear):
     """A linear layer with SoRA on it."""
@@ -77,23 +66,22 @@ class SoRALinear(AdapterLinear):
     adapter_layer_names = ("sora_adapter",)
 
 
-class SoRAModel(LinearAdapterTuner):
+class SoRAModel(WatchedTuner):
     """Puts SoRA into a model."""
 
     prefix = "sora_"
     tuner_layer_cls = SoRALinear
     config_class = SoRAConfig
+    watched = "gates"
+    untouched = (
+        "this SoRA model is trained and nobody makes its gates sparse: no rank is pruned. Add "
+        "hf_efficiency.SoRACallback() to the Trainer's callbacks."
+    )
 
     def make_adapter(self, config: SoRAConfig, base: BaseLinear, name: str, shared: None) -> SoRA:
         """The adapter of one layer."""
         r = (config.rank_pattern or {}).get(name, config.r)
         return SoRA(base, r, config.lora_alpha / config.r, config.sora_dropout)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Puts an adapter into the model, and a watch on its training."""
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        layer = next(m for m in model.modules() if isinstance(m, SoRALinear) and adapter_name in m.adapters)
-        watch(layer, TrainingWatch(layer.adapters[adapter_name].gates, _UNTOUCHED))
 
 
 class SoRACallback(TrainerCallback):

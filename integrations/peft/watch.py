@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from hf_efficiency.integrations.peft.base import LinearAdapterTuner
 from peft.tuners.adalora import AdaLoraModel
 from peft.tuners.adalora.layer import AdaLoraLayer
 
@@ -50,6 +51,20 @@ class TrainingWatch:
 def watch(layer: nn.Module, hook: TrainingWatch) -> None:
     """Puts the hook on a layer."""
     layer.register_forward_pre_hook(hook)
+
+
+class WatchedTuner(LinearAdapterTuner):
+    """Puts an adapter into a model that needs a callback, and a watch on its training."""
+
+    # The adapter's parameter that every optimizer step changes, and what to say of steps that nobody follows up.
+    watched: ClassVar[str]
+    untouched: ClassVar[str]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Puts an adapter into the model, and a watch on its training."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layer = next(m for m in model.modules() if isinstance(m, self.tuner_layer_cls) and adapter_name in m.adapters)
+        watch(layer, TrainingWatch(getattr(layer.adapters[adapter_name], self.watched), self.untouched))
 
 
 def seen(model: nn.Module) -> None:

@@ -1,6 +1,5 @@
 """GaLore in any `Trainer`: which weights are projected, and what `optimizer_cls_and_kwargs` wants."""
 
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from hf_efficiency.adapters.targets import no_match
 from hf_efficiency.optim import GaLoreAdamW, variant_options
 from transformers.pytorch_utils import Conv1D
 
@@ -161,7 +161,7 @@ def _matching(model: nn.Module, targets: Targets, exclude: Targets | None) -> di
             "model.dequantize(), or train adapters (LoRA) with an ordinary optimizer."
         )
     if not chosen:
-        raise ValueError(_no_match(targets, linears))
+        raise ValueError(no_match(targets, linears, "linear layer"))
     frozen = [name for name, module in chosen.items() if not module.weight.requires_grad]
     if frozen and (not everything or len(frozen) == len(chosen)):
         raise ValueError(
@@ -199,14 +199,6 @@ def _matches(name: str, targets: str | list[str]) -> bool:
 def _is_dense(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return isinstance(weight, nn.Parameter) and weight.is_floating_point()
-
-
-def _no_match(targets: Targets, linears: Iterable[str]) -> str:
-    known = sorted({name.rpartition(".")[2] for name in linears})
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = sorted({hit for want in wanted for hit in difflib.get_close_matches(want.rpartition(".")[2], known)})
-    hint = f"Did you mean {', '.join(near)}?" if near else f"Its linear layers are called {', '.join(known)}."
-    return f"target_modules={targets!r} match no linear layer of the model. {hint}"
 
 
 def _check_per_layer(args: Any) -> None:
