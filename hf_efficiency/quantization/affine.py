@@ -78,7 +78,7 @@ class AffineGrid:
     def _search(self, tiles: Tensor, low: Tensor, high: Tensor, spread: Tensor | None) -> tuple[Tensor, Tensor]:
         """The best of `_CLIP_STEPS` ranges of each tile, by the squared error that `spread` weighs."""
         bands = len(tiles)
-        step = bands if tiles.is_cuda else max(1, _CACHED_WEIGHTS // tiles[0].numel())
+        step = bands if tiles.device.type != "cpu" else max(1, _CACHED_WEIGHTS // tiles[0].numel())
         scales, zeros = torch.empty_like(low), torch.empty_like(low)
         buffer = torch.empty_like(tiles[:step])
         for start in range(0, bands, step):
