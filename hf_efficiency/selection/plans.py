@@ -60,8 +60,31 @@ class SubsetPlan:
         return {"chosen": self.chosen}
 
 
+class _EpochPlan:
+    """A plan whose order is made anew for each epoch, from its first draw on or from the plan's own."""
+
+    start: int
+    epoch_draws: int
+    _epoch = -1
+    _order: NDArray[np.int64] | None = None
+
+    def at(self, draw: int) -> int:
+        """The example of a draw."""
+        epoch = draw // self.epoch_draws
+        if epoch != self._epoch or self._order is None:
+            self._epoch, self._order = epoch, self._epoch_order(epoch)
+        return int(self._order[draw - self._span(epoch).start])
+
+    def _span(self, epoch: int) -> range:
+        """The draws of an epoch that are the plan's."""
+        return range(max(self.start, epoch * self.epoch_draws), (epoch + 1) * self.epoch_draws)
+
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        raise NotImplementedError
+
+
 @dataclass
-class CurriculumPlan:
+class CurriculumPlan(_EpochPlan):
     """Draws examples that are easy enough for the competence at the time of the draw.
 
     Attributes:
@@ -79,26 +102,20 @@ class CurriculumPlan:
     competence: Competence
     epoch_draws: int
     total_draws: int
-    _epoch: int = field(default=-1, repr=False)
-    _order: NDArray[np.int64] | None = field(default=None, repr=False)
-
-    def at(self, draw: int) -> int:
-        """The example of a draw."""
-        epoch = draw // self.epoch_draws
-        first = max(self.start, epoch * self.epoch_draws)
-        if epoch != self._epoch or self._order is None:
-            times = np.arange(first, (epoch + 1) * self.epoch_draws) / max(1, self.total_draws)
-            seed = int(np.random.SeedSequence([self.seed, self.start, epoch]).generate_state(1)[0])
-            self._epoch, self._order = epoch, draw_order(self.difficulty, self.competence(times), seed)
-        return int(self._order[draw - first])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The difficulties."""
         return {"difficulty": self.difficulty}
 
+    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
+        span = self._span(epoch)
+        times = np.arange(span.start, span.stop) / max(1, self.total_draws)
+        seed = int(np.random.SeedSequence([self.seed, self.start, epoch]).generate_state(1)[0])
+        return draw_order(self.difficulty, self.competence(times), seed)
+
 
 @dataclass
-class MixturePlan:
+class MixturePlan(_EpochPlan):
     """Draws the sources in given shares, and goes through the rows of each in an order drawn anew in each round.
 
     In every epoch each source gets its share to within one draw.
@@ -116,16 +133,6 @@ class MixturePlan:
     seed: int
     rows: list[NDArray[np.int64]]
     epoch_draws: int
-    _epoch: int = field(default=-1, repr=False)
-    _order: NDArray[np.int64] | None = field(default=None, repr=False)
-
-    def at(self, draw: int) -> int:
-        """The example of a draw."""
-        epoch = draw // self.epoch_draws
-        first = max(self.start, epoch * self.epoch_draws)
-        if epoch != self._epoch or self._order is None:
-            self._epoch, self._order = epoch, self._epoch_order(epoch)
-        return int(self._order[draw - first])
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """The weights."""
@@ -144,8 +151,7 @@ class MixturePlan:
         return order
 
     def _sources(self, epoch: int) -> NDArray[np.int64]:
-        first = max(self.start, epoch * self.epoch_draws)
-        count = (epoch + 1) * self.epoch_draws - first
+        count = len(self._span(epoch))
         generator = np.random.default_rng([self.seed, self.start, epoch])
         # evenly spaced points on the line of shares hit each share as often as it is long
         points = (np.arange(count) + generator.random()) / count
