@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_efficiency.selection.signals import inputs_of, labelled
+from hf_efficiency.selection.signals import labelled, token_logits
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -81,8 +81,7 @@ class GradientFeatures:
         handles.append(_with_gradient(model))
         try:
             with torch.enable_grad():
-                logits = model(**inputs_of(batch)).logits[:, -where.shape[1] - 1 : -1]
-                losses = F.cross_entropy(logits[where].float(), labels[where], reduction="none")
+                losses = F.cross_entropy(token_logits(model, batch).float(), labels[where], reduction="none")
                 share = 1 / where.sum(1, keepdim=True).clamp(min=1).expand_as(where)[where]
                 used = [name for name in layers if name in outputs and outputs[name].ndim == 3]
                 through = [outputs[name] for name in used]

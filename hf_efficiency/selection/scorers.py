@@ -63,15 +63,6 @@ def simple(function: Callable[..., Tensor], *names: str) -> Callable[[nn.Module,
     return make
 
 
-def signal(name: str) -> Callable[[nn.Module, Context], BatchScorer]:
-    """A scorer from one of `signals`."""
-
-    def make(model: nn.Module, context: Context) -> BatchScorer:
-        return lambda batch: example_signal(model, batch, name)
-
-    return make
-
-
 def influence_scorer(model: nn.Module, context: Context) -> BatchScorer:
     """Alignment with the target's gradient, after a look at the target and a sample of the pool."""
     settings = context.settings
@@ -84,12 +75,14 @@ def influence_scorer(model: nn.Module, context: Context) -> BatchScorer:
     return lambda batch: influence(gradients(model, batch), along)
 
 
+_LOSS = simple(partial(example_signal, name="loss"))
+
 BATCH_SCORERS: dict[str, Callable[[nn.Module, Context], BatchScorer]] = {
     "perplexity": simple(perplexity),
-    "loss": signal("loss"),
+    "loss": _LOSS,
     "el2n": simple(el2n),
     "grand": simple(grand),
-    "d2": signal("loss"),
+    "d2": _LOSS,
     "influence": influence_scorer,
     "entropy": simple(entropy),
     "variation-ratio": simple(variation_ratio),

@@ -25,8 +25,7 @@ def entropy(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def variation_ratio(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """1 − max p averaged over tokens, (b,)."""
-    where, labels = labelled(batch)
-    del labels
+    where, _ = labelled(batch)
     confidence = -example_signal(model, batch, "confidence")
     return torch.where(where.any(1).to(confidence.device), 1 + confidence, -torch.inf)
 

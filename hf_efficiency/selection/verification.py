@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional as F
 
-from hf_efficiency.selection.signals import inputs_of, labelled, scoring, token_logits
+from hf_efficiency.selection.signals import labelled, scoring, token_logits
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -89,8 +89,7 @@ class Verification:
             for step, batch in enumerate(itertools.islice(itertools.cycle(batches), self.steps)):
                 optimizer.param_groups[0]["lr"] = self.learning_rate * (1 - step / self.steps)
                 where, labels = labelled(batch)
-                logits = trained(**inputs_of(batch)).logits[:, -where.shape[1] - 1 : -1]
-                F.cross_entropy(logits[where].float(), labels[where]).backward()
+                F.cross_entropy(token_logits(trained, batch).float(), labels[where]).backward()
                 torch.nn.utils.clip_grad_norm_(weights, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()

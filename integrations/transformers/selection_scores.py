@@ -5,13 +5,14 @@ Shape legend: n examples, b of a batch.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from hf_efficiency.selection.choosing import check_scores
-from hf_efficiency.selection.signals import labelled, per_example, scoring, signals, token_logits
+from hf_efficiency.selection.signals import example_signal, scoring
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,11 +98,7 @@ def mean_losses(
     batch_size: int,
 ) -> list[float]:
     """Mean loss of the examples of each dataset, in nats a token."""
-
-    def loss(batch: Mapping[str, Any]) -> torch.Tensor:
-        where, labels = labelled(batch)
-        return per_example(signals(token_logits(model, batch), labels[where])["loss"], where)
-
+    loss = partial(example_signal, model, name="loss")
     means = []
     for dataset in datasets.values():
         scores = score_dataset(dataset, collate, loss, model, args, batch_size)
