@@ -15,6 +15,12 @@ from hf_efficiency.integrations.transformers.caches.attention import use_cache_a
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
 
+# What a layer says at the step after one whose attention never came.
+BYPASSED = (
+    "The model's attention did not go through the cache: its attention implementation was changed, or the cache was "
+    "made for another model. Make the cache after that, for this model. After an interrupt, call the cache's reset()."
+)
+
 
 class Layer(CacheLayerMixin):
     """A cache layer of ours: it can be saved, and its memory be counted."""

@@ -13,7 +13,7 @@ from hf_efficiency.generation.caches.budget import Budget, tokens_of
 from hf_efficiency.generation.caches.policies import Policy, choose, with_recent
 from hf_efficiency.generation.caches.slots import Slots, attended, ever_attended, parents_of, slot_mask
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
-from hf_efficiency.integrations.transformers.caches.base import Layer, cropped
+from hf_efficiency.integrations.transformers.caches.base import BYPASSED, Layer, cropped
 
 # A recorded step of more tokens is a prompt. Shorter ones are drafts, whose tokens must see what each would see alone.
 _LONGEST_DRAFT = 64
@@ -37,7 +37,7 @@ class EvictingLayer(Layer):
         self.capacities: list[int] = []
         self.free = 0  # slots that are empty in every head
         self.evicted = False
-        self.waiting = False  # an update whose attention has not come
+        self.waiting = 0  # tokens of an update whose attention is not through
         self.last = 0  # tokens of the step that `crop` may shorten; 0 when it is settled
         # Of a recorded draft: the tokens kept and their scores before it and after each of its tokens.
         self.history: list[tuple[Tensor, Tensor]] = []
@@ -67,10 +67,7 @@ class EvictingLayer(Layer):
             RuntimeError: The attention of the step before did not come through.
         """
         if self.waiting:
-            raise RuntimeError(
-                "The model's attention did not go through the cache: its attention implementation was changed, or the "
-                "cache was made for another model. Make the cache after that, for this model."
-            )
+            raise RuntimeError(BYPASSED)
         self.enter(key_states, value_states)
         self._settle(0)
         slots, t = self._held(), key_states.shape[2]
@@ -79,7 +76,7 @@ class EvictingLayer(Layer):
             slots.compact(slots.size)
         new = slots.insert(key_states, value_states, self.seen, 0 if prompt else self.free)
         self.seen += t
-        self.waiting = True
+        self.waiting = t
         return carry(slots.keys, _Step(self, new, prompt)), slots.values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -92,6 +89,9 @@ class EvictingLayer(Layer):
         remove = cropped(type(self).__name__, tokens_to_remove)
         if not self.is_initialized:
             return
+        if remove and remove == self.waiting:
+            self._take_back()
+            return
         if remove > self.last and self.evicted:
             raise RuntimeError(
                 f"{remove} tokens can't be taken back: others left the cache to make room for them. Call "
@@ -100,6 +100,14 @@ class EvictingLayer(Layer):
         if remove > self.seen:
             raise ValueError(f"{remove} tokens can't be taken back of {self.seen}.")
         self._settle(remove)
+
+    def _take_back(self) -> None:
+        """Undoes an update whose attention broke off: nothing has been judged by it yet."""
+        slots = self._held()
+        self.seen -= self.waiting
+        slots.keep(slots.positions < self.seen)
+        self.free = max(self.free, self.waiting)
+        self.waiting, self.history = 0, []
 
     def settle(self) -> None:
         """Accepts the last step."""
@@ -222,18 +230,24 @@ class _Step:
         first = layer.seen - t
         if self.done:
             return call(query, key, value, slot_mask(mask, self.positions, first, t))[0]
-        self.done, layer.waiting, layer.last = True, False, t
-        self._arrive(mask)
+        self.done = True
+        real = self._arrive(mask)
         if self.prompt:
             output = self._prompt(call, query, key, value, mask)
         else:
             output = self._decode(call, query, key, value, mask)
+        layer._held().lengths += real
+        layer.waiting, layer.last = 0, t
         if not layer.record_past:
             layer._settle(0)
         return output
 
-    def _arrive(self, mask: Tensor | None) -> None:
-        """Drops tokens that no query sees (padding), and gives the new ones their first scores."""
+    def _arrive(self, mask: Tensor | None) -> Tensor:
+        """Drops tokens that no query sees (padding), and gives the new ones their first scores.
+
+        Returns:
+            How many of them are real (b,).
+        """
         layer, slots = self.layer, self.layer._held()
         b, k, t = self.new.shape
         if mask is None:
@@ -247,8 +261,8 @@ class _Step:
             depths = parents_of(mask, layer.seen - t, t)[1]
             before = torch.tensor(depths, device=real.device).expand(b, t) if real.shape[1] > 1 else before
         ranks = slots.lengths.unsqueeze(1) + before
-        slots.lengths += real.sum(1)
         slots.scores.scatter_(2, self.new, layer.policy.begin(ranks, (b, k, t), layer.index))
+        return real.sum(1)
 
     def _prompt(self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention of all queries, of which the policy sees the last ones'."""

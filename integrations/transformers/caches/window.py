@@ -13,7 +13,7 @@ from hf_efficiency.generation.caches.rotation import Rotary
 from hf_efficiency.generation.caches.slots import attended, ever_attended, slot_mask
 from hf_efficiency.generation.caches.streaming import Ring, sink_shift, visible
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
-from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped
+from hf_efficiency.integrations.transformers.caches.base import BYPASSED, EfficientCache, Layer, cropped
 from hf_efficiency.integrations.transformers.caches.rotary import find_rotary
 from transformers import PreTrainedModel
 
@@ -50,10 +50,7 @@ class WindowLayer(Layer):
             RuntimeError: The attention of the step before did not come through.
         """
         if self.fed is not None and self.fed.real is None:
-            raise RuntimeError(
-                "The model's attention did not go through the cache: its attention implementation was changed, or the "
-                "cache was made for another model. Make the cache after that, for this model."
-            )
+            raise RuntimeError(BYPASSED)
         self.enter(key_states, value_states)
         self._settle(0)
         self.fed = _Fed(self, key_states, value_states)
@@ -82,13 +79,16 @@ class WindowLayer(Layer):
 
     def _settle(self, remove: int) -> None:
         """Writes the last step into the ring without its last `remove` tokens."""
-        fed, self.fed = self.fed, None
-        if fed is None or fed.real is None:
+        fed = self.fed
+        if fed is None:
             return
         end = fed.keys.shape[2] - remove
-        self.seen -= remove
         if end:
+            if fed.real is None:
+                return  # its attention has not come: it can only be taken back whole
             self.held().write(fed.keys[:, :, :end], fed.values[:, :, :end], fed.start, fed.real[:, :end])
+        self.fed = None
+        self.seen -= remove
 
     def accept(self, path: list[int], of: int) -> None:
         """Keeps one path of the last step's tree.

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from hf_efficiency import SkipLayers, make_cache, speculative
 from hf_efficiency.generation.speculative import Draft
+from hf_efficiency.integrations.transformers.caches import attention
 from hf_efficiency.integrations.transformers.speculative_drafters import shallow
 from tests.families import build_family
 from tests.tiny import build_llama
@@ -277,6 +278,50 @@ def test_interrupted_inside_a_forward_the_cache_holds_the_text_so_far(pair):
         begun, attention_mask=torch.ones_like(begun), past_key_values=cache, do_sample=False,
         max_new_tokens=32 - begun.shape[1], custom_generate=method,
     )  # fmt: skip
+    assert torch.equal(text, plain)
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["before attention", "within attention"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("h2o", {"budget": 10, "recent": 4}),
+        ("tova", {"budget": 500}),
+        ("snapkv", {"budget": 8, "window": 4}),
+        ("streaming", {"sinks": 2, "window": 8}),
+        ("rolling", {"window": 500}),
+        ("quantized", {"bits": 2, "group_size": 16, "window": 4}),
+    ],
+)
+def test_interrupted_around_attention_a_cache_that_attends_goes_on(name, options, late, pair, monkeypatch):
+    target, inputs = build_llama(), _batch((0,))
+    target.set_attn_implementation("eager")
+    plain = target.generate(
+        **inputs, max_new_tokens=32, do_sample=False, past_key_values=make_cache(name, target, **options)
+    )
+    cache, calls, attend = make_cache(name, target, **options), itertools.count(), attention._run
+
+    def broken(*args):
+        raise KeyboardInterrupt
+
+    def interrupted(*args):
+        if next(calls) != 7:
+            return attend(*args)
+        if not late:
+            raise KeyboardInterrupt
+        with monkeypatch.context() as patch:
+            patch.setattr(attention.Call, "__call__", broken)
+            return attend(*args)
+
+    method = speculative(pair[1], k=3, adapt=False)
+    settings = {"do_sample": False, "custom_generate": method, "past_key_values": cache}
+    monkeypatch.setattr(attention, "_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        target.generate(**inputs, max_new_tokens=32, **settings)
+    assert {layer.get_seq_length() for layer in cache.layers} == {cache.get_seq_length()}
+    begun = plain[:, : cache.get_seq_length() + 1]
+    more = plain.shape[1] - begun.shape[1]
+    text = target.generate(begun, attention_mask=torch.ones_like(begun), max_new_tokens=more, **settings)
     assert torch.equal(text, plain)
 
 

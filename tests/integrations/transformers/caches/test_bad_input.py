@@ -89,12 +89,13 @@ def test_another_model(name, llama, ids):
         deep.generate(ids, past_key_values=make_cache(name, llama), max_new_tokens=2)
 
 
+@pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", ["h2o", "rolling"])
-def test_attention_that_does_not_go_through_the_cache(name, llama, ids):
+def test_attention_that_does_not_go_through_the_cache(name, beams, llama, ids):
     cache = make_cache(name, llama)
     llama.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match="The model's attention did not go through the cache"):
-        llama.generate(ids, past_key_values=cache, max_new_tokens=3)
+        llama.generate(ids, past_key_values=cache, max_new_tokens=3, num_beams=beams)
 
 
 @pytest.mark.parametrize("name", ["h2o", "rolling", "quantized", "paged"])
