@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hf_efficiency.selection.hashing import hash_words, in_batches, n_grams
+from hf_efficiency.selection.hashing import buckets, flat_runs, in_batches
 from hf_efficiency.selection.optional import require
 
 if TYPE_CHECKING:
@@ -53,12 +53,10 @@ class QualityClassifier:
         sparse = require("scipy.sparse", _NEEDS)
         blocks = []
         for part in in_batches(texts):
-            words = hash_words(part)
-            grams = [n_grams(words, n) for n in range(1, self.max_n + 1)]
-            rows = np.concatenate([np.repeat(np.arange(len(part)), g.counts) for g in grams])
-            columns = np.concatenate([g.hashes for g in grams]) % np.uint64(self.buckets)
+            rows, hashes = flat_runs(part, self.max_n)
+            columns = buckets(hashes, self.buckets)
             block = sparse.coo_matrix(
-                (np.ones(len(rows), np.float32), (rows, columns.astype(np.int64))), (len(part), self.buckets)
+                (np.ones(len(rows), np.float32), (rows, columns)), (len(part), self.buckets)
             ).tocsr()
             # the squares of the roots are the counts: a row's length is the root of its sum
             totals = np.asarray(block.sum(1)).ravel()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from hf_efficiency.selection.dsir import segment_sums
-from hf_efficiency.selection.hashing import hash_words, in_batches
+from hf_efficiency.selection.hashing import buckets, hash_words, in_batches
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -102,7 +102,7 @@ def word_counts(batches: Iterable[Sequence[str]]) -> NDArray[np.int64]:
     for texts in batches:
         for part in in_batches(texts):
             hashes = hash_words(part).hashes
-            counts += np.bincount((hashes % np.uint64(_BUCKETS)).astype(np.int64), minlength=_BUCKETS)
+            counts += np.bincount(buckets(hashes, _BUCKETS), minlength=_BUCKETS)
     return counts
 
 
@@ -112,5 +112,5 @@ def rarity_difficulty(texts: Sequence[str], counts: NDArray[np.int64]) -> NDArra
     parts = []
     for part in in_batches(texts):
         words = hash_words(part)
-        parts.append(segment_sums(surprise[(words.hashes % np.uint64(_BUCKETS)).astype(np.int64)], words.offsets))
+        parts.append(segment_sums(surprise[buckets(words.hashes, _BUCKETS)], words.offsets))
     return np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_efficiency.selection.hashing import Grams, hash_words, in_batches, n_grams
+from hf_efficiency.selection.hashing import buckets, in_batches, runs_up_to
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -53,8 +53,8 @@ class DSIR:
         total = np.zeros(self.buckets, np.int64)
         for texts in batches:
             for part in in_batches(texts):
-                for grams in self._grams(part):
-                    total += np.bincount(self._bucket(grams), minlength=self.buckets)
+                for grams in runs_up_to(part, self.max_n):
+                    total += np.bincount(buckets(grams.hashes, self.buckets), minlength=self.buckets)
         return total
 
     def log_ratio(self, target: NDArray[np.int64], pool: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -68,19 +68,12 @@ class DSIR:
         parts = []
         for part in in_batches(texts):
             sums, counts = np.zeros(len(part)), np.zeros(len(part), np.int64)
-            for grams in self._grams(part):
-                sums += segment_sums(log_ratio[self._bucket(grams)], grams.offsets)
+            for grams in runs_up_to(part, self.max_n):
+                sums += segment_sums(log_ratio[buckets(grams.hashes, self.buckets)], grams.offsets)
                 counts += grams.counts
             with np.errstate(divide="ignore", invalid="ignore"):
                 parts.append(np.where(counts > 0, sums / counts, -np.inf))
         return np.concatenate(parts).astype(np.float32) if parts else np.empty(0, np.float32)
-
-    def _grams(self, texts: Sequence[str]) -> Iterable[Grams]:
-        words = hash_words(texts)
-        return (n_grams(words, n) for n in range(1, self.max_n + 1))
-
-    def _bucket(self, grams: Grams) -> NDArray[np.int64]:
-        return (grams.hashes % np.uint64(self.buckets)).astype(np.int64)
 
 
 def segment_sums(values: NDArray[np.floating], offsets: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_efficiency.selection.hashing import hash_words, in_batches, mix, n_grams
+from hf_efficiency.selection.hashing import buckets, flat_runs, in_batches, mix
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -45,8 +45,8 @@ class HashedText:
         for texts in batches:
             for part in in_batches(texts):
                 documents += len(part)
-                rows, buckets, _ = self._entries(part)
-                pairs = np.unique(rows * _BUCKETS + buckets)
+                rows, places, _ = self._entries(part)
+                pairs = np.unique(rows * _BUCKETS + places)
                 frequency += np.bincount(pairs % _BUCKETS, minlength=_BUCKETS)
         return (np.log((1 + documents) / (1 + frequency)) + 1).astype(np.float32)
 
@@ -56,22 +56,19 @@ class HashedText:
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
     def _embed(self, texts: Sequence[str], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        rows, buckets, hashes = self._entries(texts)
-        values = weights[buckets]
+        rows, places, hashes = self._entries(texts)
+        values = weights[places]
         flat = np.zeros(len(texts) * self.dim)
         for i in range(self.spread):
             code = mix(hashes + np.uint64(i + 1))
-            place = rows * self.dim + (code % np.uint64(self.dim)).astype(np.int64)
+            place = rows * self.dim + buckets(code, self.dim)
             sign = np.where(code >> np.uint64(63), 1.0, -1.0)
             flat += np.bincount(place, sign * values, minlength=len(flat))
         return normalized(flat.reshape(len(texts), self.dim).astype(np.float32))
 
     def _entries(self, texts: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.uint64]]:
-        words = hash_words(texts)
-        grams = [n_grams(words, n) for n in range(1, self.max_n + 1)]
-        hashes = np.concatenate([g.hashes for g in grams])
-        rows = np.concatenate([np.repeat(np.arange(len(texts)), g.counts) for g in grams])
-        return rows, (hashes % np.uint64(_BUCKETS)).astype(np.int64), hashes
+        rows, hashes = flat_runs(texts, self.max_n)
+        return rows, buckets(hashes, _BUCKETS), hashes
 
 
 def normalized(features: NDArray[np.float32]) -> NDArray[np.float32]:

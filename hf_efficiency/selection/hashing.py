@@ -22,6 +22,7 @@ _MULTIPLIER = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
 _INVERSE = pow(_MULTIPLIER, -1, 1 << 64)
 _NEXT = np.uint64(0xD1B54A32D192ED03)  # weight of one more word in an n-gram
 _BATCH_BYTES = 1 << 16
+_BLOCK = 1 << 14
 
 
 def _character_classes() -> NDArray[np.uint8]:
@@ -48,6 +49,11 @@ class Grams:
     hashes: NDArray[np.uint64]
     offsets: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, hashes: NDArray[np.uint64], counts: NDArray[np.int64]) -> Grams:
+        """From the number of hashes of each document, (n,)."""
+        return cls(hashes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -55,6 +61,11 @@ class Grams:
     def counts(self) -> NDArray[np.int64]:
         """Hashes of each document, (n,)."""
         return np.diff(self.offsets)
+
+    @property
+    def documents(self) -> NDArray[np.int64]:
+        """The document of each hash, (w,)."""
+        return np.repeat(np.arange(len(self)), self.counts)
 
     def document(self, i: int) -> NDArray[np.uint64]:
         """The hashes of document i."""
@@ -108,7 +119,24 @@ def n_grams(words: Grams, n: int) -> Grams:
         first[np.repeat(short, words.counts)] = False
     kept = first[:total]
     counts = np.maximum(words.counts - (n - 1), 0)
-    return Grams(mix(hashes[kept]), np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    return Grams.of(mix(hashes[kept]), counts)
+
+
+def runs_up_to(texts: Sequence[str], n: int) -> Iterator[Grams]:
+    """Runs of one word of each text, of two, and so on to `n`."""
+    words = hash_words(texts)
+    return (n_grams(words, i) for i in range(1, n + 1))
+
+
+def flat_runs(texts: Sequence[str], n: int) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+    """The document and the hash of all of `runs_up_to`, each (w,)."""
+    grams = list(runs_up_to(texts, n))
+    return np.concatenate([g.documents for g in grams]), np.concatenate([g.hashes for g in grams])
+
+
+def buckets(hashes: NDArray[np.uint64], count: int) -> NDArray[np.int64]:
+    """Where each hash falls in a table of `count` buckets, (w,)."""
+    return (hashes % np.uint64(count)).astype(np.int64)
 
 
 def shingles(texts: Sequence[str], n: int) -> Grams:
@@ -125,7 +153,7 @@ def shingles(texts: Sequence[str], n: int) -> Grams:
     counts = grams.counts
     counts[short] = 1
     hashes = np.insert(grams.hashes, grams.offsets[short], mix(whole))
-    return Grams(hashes, np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    return Grams.of(hashes, counts)
 
 
 def mix(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -148,6 +176,21 @@ def in_batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
             start, size = i + 1, 0
     if start < len(texts):
         yield texts[start:]
+
+
+def in_blocks(grams: Grams) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint64], NDArray[np.int64]]]:
+    """Documents that have hashes, about 16,000 hashes at a time: which, their hashes, and where each begins in these.
+
+    So many stay in the cache while they are gone through again and again.
+    """
+    filled = np.flatnonzero(grams.counts)
+    starts = grams.offsets[:-1][filled]
+    first = 0
+    while first < len(starts):
+        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _BLOCK)))
+        stop = starts[last] if last < len(starts) else len(grams.hashes)
+        yield filled[first:last], grams.hashes[starts[first] : stop], starts[first:last] - starts[first]
+        first = last
 
 
 def _table_size(length: int) -> int:

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from hf_efficiency.selection.clusters import Clusters
-from hf_efficiency.selection.hashing import Grams, in_batches, mix, shingles
+from hf_efficiency.selection.hashing import Grams, in_batches, in_blocks, mix, shingles
+from hf_efficiency.selection.optional import require
 from hf_efficiency.selection.spool import Spool
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _RECALL = 0.995  # of a pair that is exactly as similar as the threshold
-_BLOCK_SHINGLES = 1 << 14
 _SMALL = 32  # documents of a group whose pairs are all compared
 _EMPTY = np.uint32(0xFFFFFFFF)
 
@@ -68,17 +68,14 @@ class MinHash:
         if self.backend == "rensa":
             return _rensa_signatures(grams, self.num_perm, self.seed)
         result = np.full((self.num_perm, len(grams)), _EMPTY, np.uint32)
-        filled = np.flatnonzero(grams.counts)
-        hashes, starts = (grams.hashes >> np.uint64(32)).astype(np.uint32), grams.offsets[:-1][filled]
         xor, factor = self._permutations()
-        for first, last in _blocks(starts, len(hashes)):
-            part = hashes[starts[first] : starts[last] if last < len(starts) else None]
-            inside = starts[first:last] - starts[first]
+        for rows, hashes, starts in in_blocks(grams):
+            part = (hashes >> np.uint64(32)).astype(np.uint32)
             scratch = np.empty_like(part)
             for i in range(self.num_perm):
                 np.bitwise_xor(part, xor[i], out=scratch)
                 np.multiply(scratch, factor[i], out=scratch)
-                result[i, filled[first:last]] = np.minimum.reduceat(scratch, inside)
+                result[i, rows] = np.minimum.reduceat(scratch, starts)
         return np.ascontiguousarray(result.T)
 
     def band_keys(self, signatures: NDArray[np.uint32]) -> NDArray[np.uint32]:
@@ -156,13 +153,13 @@ class MinHash:
 
 def unique_per_document(grams: Grams) -> Grams:
     """Each document's distinct hashes in rising order."""
-    document = np.repeat(np.arange(len(grams)), grams.counts)
+    document = grams.documents
     order = np.lexsort((grams.hashes, document))
     hashes = grams.hashes[order]
     new = np.ones(len(hashes), bool)
     new[1:] = (hashes[1:] != hashes[:-1]) | (document[1:] != document[:-1])
     counts = np.bincount(document[new], minlength=len(grams))
-    return Grams(hashes[new], np.concatenate([[0], np.cumsum(counts)]).astype(np.int64))
+    return Grams.of(hashes[new], counts)
 
 
 def _groups(keys: NDArray[np.uint32], counts: NDArray[np.int64]) -> Iterator[NDArray[np.int64]]:
@@ -190,19 +187,7 @@ def _pairs_within(groups: list[NDArray[np.int64]]) -> tuple[NDArray[np.int64], N
     return np.concatenate(left), np.concatenate(right)
 
 
-def _blocks(starts: NDArray[np.int64], total: int) -> Iterator[tuple[int, int]]:
-    """Ranges of documents with about 16,000 shingles, which stay in the cache for all permutations."""
-    first = 0
-    while first < len(starts):
-        last = int(np.searchsorted(starts, starts[first] + _BLOCK_SHINGLES))
-        last = max(last, first + 1)
-        yield first, last
-        first = last
-
-
 def _rensa_signatures(grams: Grams, num_perm: int, seed: int) -> NDArray[np.uint32]:
-    from hf_efficiency.selection.optional import require
-
     rensa = require("rensa", "MinHash signatures by rensa (backend='rensa')")
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(
         grams.hashes.tolist(), grams.offsets.tolist(), num_perm, seed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hf_efficiency.selection.clusters import Clusters
-from hf_efficiency.selection.hashing import Grams, in_batches, shingles
+from hf_efficiency.selection.hashing import Grams, in_batches, in_blocks, shingles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _BITS = 64
-_BLOCK = 1 << 14
 _PAIRS = 1 << 20
 
 
@@ -96,16 +95,9 @@ def _with_words(texts: Sequence[str]) -> NDArray[np.bool_]:
 
 def _fingerprints(grams: Grams) -> NDArray[np.uint64]:
     result = np.zeros(len(grams), np.uint64)
-    filled = np.flatnonzero(grams.counts)
-    starts = grams.offsets[:-1][filled]
-    first = 0
-    while first < len(starts):
-        last = max(first + 1, int(np.searchsorted(starts, starts[first] + _BLOCK)))
-        stop = starts[last] if last < len(starts) else len(grams.hashes)
-        features = grams.hashes[starts[first] : stop]
+    for rows, features, starts in in_blocks(grams):
         bits = np.unpackbits(features[:, None].view(np.uint8), axis=1, bitorder="little")  # (w, 64)
-        votes = np.add.reduceat(bits.astype(np.int32), starts[first:last] - starts[first], axis=0)
-        majority = 2 * votes > grams.counts[filled[first:last], None]
-        result[filled[first:last]] = np.packbits(majority, axis=1, bitorder="little").view(np.uint64)[:, 0]
-        first = last
+        votes = np.add.reduceat(bits.astype(np.int32), starts, axis=0)
+        majority = 2 * votes > grams.counts[rows, None]
+        result[rows] = np.packbits(majority, axis=1, bitorder="little").view(np.uint64)[:, 0]
     return result
