@@ -62,6 +62,12 @@ class SteeredSampler(Sampler[int]):
                 return plan
         raise RuntimeError(f"no plan holds for draw {draw}; the first begins at {self.plans[0].start}.")
 
+    def needed(self) -> list[Plan]:
+        """The plans that hold in this epoch or later; a resumed run repeats its epoch from the start."""
+        first = self.epoch * self.draws
+        last = len(self.plans) - 1
+        return [plan for i, plan in enumerate(self.plans) if i == last or self.plans[i + 1].start > first]
+
 
 class SteeringCallback(TrainerCallback):
     """What the callbacks share: they replace the sampler when training begins, and make a plan when it is time.
@@ -135,8 +141,8 @@ class SteeringCallback(TrainerCallback):
         self._batches = attach(dataloader)
         self._sampler = self._batches.sampler
         self._steps_per_epoch = max(1, -(-len(dataloader) // args.gradient_accumulation_steps))
-        self.total_draws = state.max_steps * args.gradient_accumulation_steps * _batch_draws(dataloader)
         self._batch = _batch_draws(dataloader)
+        self.total_draws = state.max_steps * args.gradient_accumulation_steps * self._batch
         self._epochs_begun = state.global_step // self._steps_per_epoch
         self._sampler.epoch = self._epochs_begun
         self.dataset, self.collate = dataloader.dataset, dataloader.collate_fn
@@ -181,15 +187,11 @@ class SteeringCallback(TrainerCallback):
         if not folder.is_dir():
             logger.warning(f"{folder} is not there, so the data selection is not saved with this checkpoint.")
             return
-        sampler = self._attached()
         arrays: dict[str, NDArray[Any]] = {f"memory.{name}": value for name, value in self._memory().items()}
-        starts = []
-        # a resumed run repeats its epoch from the start
-        needed = [plan for plan in sampler.plans if plan is sampler.plans[-1] or self._still_needed(plan)]
+        needed = self._attached().needed()
         for i, plan in enumerate(needed):
-            starts.append(plan.start)
             arrays.update({f"{i}.{name}": np.ascontiguousarray(value) for name, value in plan.arrays().items()})
-        record = {"settings": self._checksum(), "starts": starts, "step": state.global_step}
+        record = {"settings": self._checksum(), "starts": [plan.start for plan in needed], "step": state.global_step}
         partial = folder / f".{self._file}.part"
         save_file(arrays, partial, metadata={"selection": json.dumps(record)})
         os.replace(partial, folder / self._file)
@@ -212,15 +214,7 @@ class SteeringCallback(TrainerCallback):
         with undisturbed():
             plan = self._new_plan(start, model)
         sampler.plans = [old for old in sampler.plans if old.start < start] + [plan]
-        first = sampler.epoch * sampler.draws
-        # plans that ended before this epoch are never asked again
-        while len(sampler.plans) > 1 and sampler.plans[1].start <= first:
-            sampler.plans.pop(0)
-
-    def _still_needed(self, plan: Plan) -> bool:
-        sampler = self._attached()
-        following = [other.start for other in sampler.plans if other.start > plan.start]
-        return not following or min(following) > sampler.epoch * sampler.draws
+        sampler.plans = sampler.needed()
 
     def _checksum(self) -> str:
         sampler = self._attached()
