@@ -72,7 +72,7 @@ class DataSelectionCallback(SteeringCallback):
         checkpoint: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(every, warmup, seed, checkpoint)
+        super().__init__(every, warmup, seed, checkpoint, batch_size)
         self.strategy, self.settings = strategy, settings_of(strategy, settings)
         if not isinstance(fraction, float | int) or isinstance(fraction, bool) or not 0 < fraction <= 1:
             raise ValueError(f"fraction={fraction!r} is a share of the examples and must lie in (0, 1].")
@@ -87,7 +87,7 @@ class DataSelectionCallback(SteeringCallback):
                 f"every={every!r}: {what} do not change during training; leave it out, or use one of "
                 f"{', '.join(BATCH_SCORERS)}."
             )
-        self.fraction, self.target, self.average, self.batch_size = float(fraction), target, average, batch_size
+        self.fraction, self.target, self.average = float(fraction), target, average
         self._given = scores.scores if isinstance(scores, Selection) else scores
         self.selection: Selection | None = None
         self._sum: NDArray[np.float64] | None = None
@@ -128,9 +128,6 @@ class DataSelectionCallback(SteeringCallback):
             )
         self._run = Run(pool, self.settings, (model,), tokenizer, self.target)
 
-    def _first_plan(self) -> Plan:
-        return SubsetPlan(0, np.arange(len(self.dataset)), self.seed)
-
     def _restore(self, start: int, arrays: Mapping[str, NDArray[Any]]) -> Plan:
         return SubsetPlan(start, arrays["chosen"], self.seed)
 
@@ -164,7 +161,7 @@ class DataSelectionCallback(SteeringCallback):
             check_scores(scores, f"the scores of {self.strategy!r}")
             return scores
         args = self._args
-        size = self.batch_size or 2 * args.per_device_train_batch_size
+        size = self._score_rows
         context = Context(
             self.settings,
             None if self.target is None else self._run.target_batches,

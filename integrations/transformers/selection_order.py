@@ -11,7 +11,7 @@ from hf_efficiency.integrations.transformers.selection_scores import mean_losses
 from hf_efficiency.integrations.transformers.selection_steering import SteeringCallback
 from hf_efficiency.selection.choosing import check_scores
 from hf_efficiency.selection.curriculum import Competence, Pace
-from hf_efficiency.selection.plans import CurriculumPlan, MixturePlan, SubsetPlan
+from hf_efficiency.selection.plans import CurriculumPlan, MixturePlan
 from hf_efficiency.selection.pool import Pool, checksum
 from hf_efficiency.selection.run import Run
 from hf_efficiency.selection.scorers import BATCH_SCORERS, Context
@@ -64,7 +64,7 @@ class CurriculumCallback(SteeringCallback):
         seed: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(every, warmup, seed, checkpoint)
+        super().__init__(every, warmup, seed, checkpoint, batch_size)
         self.competence = Competence(pace, start, length)
         known = ("length", "rarity", *(name for name in BATCH_SCORERS if name != "influence"))
         if isinstance(difficulty, str) and difficulty not in known:
@@ -73,7 +73,7 @@ class CurriculumCallback(SteeringCallback):
             )
         if every is not None and not (isinstance(difficulty, str) and difficulty in BATCH_SCORERS):
             raise ValueError(f"every={every!r}: this difficulty does not change during training; leave it out.")
-        self.difficulty, self.descending, self.batch_size = difficulty, descending, batch_size
+        self.difficulty, self.descending = difficulty, descending
 
     def _settings(self) -> dict[str, Any]:
         difficulty = self.difficulty
@@ -93,9 +93,6 @@ class CurriculumCallback(SteeringCallback):
         if isinstance(self.difficulty, str) and self.difficulty in ("length", "rarity"):
             self._run = Run(Pool(self.dataset, tokenizer=tokenizer), {})
 
-    def _first_plan(self) -> Plan:
-        return SubsetPlan(0, np.arange(len(self.dataset)), self.seed)
-
     def _restore(self, start: int, arrays: Mapping[str, NDArray[Any]]) -> Plan:
         return self._plan(start, arrays["difficulty"]) if "difficulty" in arrays else self._first_plan()
 
@@ -112,9 +109,8 @@ class CurriculumCallback(SteeringCallback):
             return np.asarray(self.difficulty, np.float32)
         if self._run is not None:
             return np.asarray(STRATEGIES[self.difficulty].score(self._run), np.float32)
-        size = self.batch_size or 2 * self._args.per_device_train_batch_size
         scorer = BATCH_SCORERS[self.difficulty](model, Context(settings_of(self.difficulty, {})))
-        return score_dataset(self.dataset, self.collate, scorer, model, self._args, size)
+        return score_dataset(self.dataset, self.collate, scorer, model, self._args, self._score_rows)
 
 
 class MixtureCallback(SteeringCallback):
@@ -151,7 +147,7 @@ class MixtureCallback(SteeringCallback):
         seed: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
     ) -> None:
-        super().__init__(every, warmup, seed, checkpoint)
+        super().__init__(every, warmup, seed, checkpoint, batch_size)
         labels = [str(source) for source in sources]
         self.names = list(dict.fromkeys(labels))
         numbers = {name: i for i, name in enumerate(self.names)}
@@ -159,7 +155,7 @@ class MixtureCallback(SteeringCallback):
         if not self.names:
             raise ValueError("sources is empty: give the source of each example, such as dataset['source'].")
         self.skill_it: SkillIt | None = None if isinstance(weights, Mapping) else weights
-        self.evaluation, self.batch_size = evaluation, batch_size
+        self.evaluation = evaluation
         if self.skill_it is None:
             self.weights = self._checked(weights)  # type: ignore[arg-type]
             if every is not None or evaluation is not None:
@@ -221,8 +217,7 @@ class MixtureCallback(SteeringCallback):
 
     def _new_plan(self, start: int, model: Any) -> Plan:
         if self.skill_it is not None and self.evaluation is not None:
-            size = self.batch_size or 2 * self._args.per_device_train_batch_size
-            losses = mean_losses(self.evaluation, self.collate, model, self._args, size)
+            losses = mean_losses(self.evaluation, self.collate, model, self._args, self._score_rows)
             self.weights = self.skill_it.update(losses)
             self.report["losses"] = dict(zip(self.evaluation, losses, strict=True))
         self.report["weights"] = dict(zip(self.names, self.weights.tolist(), strict=True))

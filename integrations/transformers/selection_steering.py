@@ -15,6 +15,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 from torch.utils.data import Sampler
 
+from hf_efficiency.selection.plans import SubsetPlan
 from hf_efficiency.selection.pool import checksum
 from transformers import TrainerCallback
 from transformers.utils import logging
@@ -80,6 +81,7 @@ class SteeringCallback(TrainerCallback):
         warmup: Optimizer steps before the first one; until then all examples are drawn.
         seed: Of the order of the draws; by default the Trainer's `data_seed` or `seed`.
         checkpoint: The folder that a run is resumed from, where it is not `checkpoint-N` in the Trainer's `output_dir`.
+        batch_size: Examples that are scored together in a process; by default twice the training batch.
 
     Attributes:
         report: What the last plan was made from.
@@ -93,12 +95,13 @@ class SteeringCallback(TrainerCallback):
         warmup: int = 0,
         seed: int | None = None,
         checkpoint: str | os.PathLike[str] | None = None,
+        batch_size: int | None = None,
     ) -> None:
         if every is not None and every != "epoch" and (not isinstance(every, int) or every < 1):
             raise ValueError(f"every={every!r} must be a number of steps of at least 1, 'epoch', or None for once.")
         if warmup < 0:
             raise ValueError(f"warmup={warmup} must not be negative.")
-        self.every, self.warmup, self.checkpoint = every, warmup, checkpoint
+        self.every, self.warmup, self.checkpoint, self.batch_size = every, warmup, checkpoint, batch_size
         self.report: dict[str, Any] = {}
         self._seed = seed
         self._sampler: SteeredSampler | None = None
@@ -113,8 +116,8 @@ class SteeringCallback(TrainerCallback):
         """Checks before training; called when the sampler is there and no plan is."""
 
     def _first_plan(self) -> Plan:
-        """The plan from draw 0."""
-        raise NotImplementedError
+        """The plan from draw 0: all examples."""
+        return SubsetPlan(0, np.arange(len(self.dataset)), self.seed)
 
     def _new_plan(self, start: int, model: Any) -> Plan:
         raise NotImplementedError
@@ -203,6 +206,11 @@ class SteeringCallback(TrainerCallback):
         self._batches.sampler = self._attached().base
 
     # inside
+
+    @property
+    def _score_rows(self) -> int:
+        """Examples that are scored together in a process."""
+        return self.batch_size or 2 * self._args.per_device_train_batch_size
 
     def _attached(self) -> SteeredSampler:
         if self._sampler is None:
