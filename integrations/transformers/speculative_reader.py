@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efficiency.generation.caches.slots import additive
 from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import BaseQuantizedLayer, DynamicLayer, DynamicSlidingWindowLayer
@@ -124,10 +125,7 @@ class Reader:
         if window is not None and sliding:
             whole = whole[:, :, -self.cache.get_mask_sizes(t, sliding[0])[0] :]
         whole = whole[:, None]
-        if not eager:
-            return whole
-        dtype = self.model.dtype
-        return torch.zeros(whole.shape, dtype=dtype, device=device).masked_fill(~whole, torch.finfo(dtype).min)
+        return additive(whole, self.model.dtype) if eager else whole
 
     def commit(self, paths: list[list[int]]) -> None:
         """Accepts one path of the open tokens in each row (their numbers, rising), and takes all others back."""

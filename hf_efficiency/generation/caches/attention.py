@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from hf_efficiency.generation.caches.slots import for_heads
 from hf_efficiency.kernels.kv_attention import decode_attention
 
 # Logits of one block of queries: 256 MB in float32.
@@ -36,9 +37,7 @@ def attention_with_sums(query: Tensor, key: Tensor, value: Tensor, mask: Tensor,
     Returns:
         Output (b, t, h, d_v) and sums (b, k, n) in float32.
     """
-    heads = query.shape[1]
-    if mask.shape[1] != heads:
-        mask = mask.repeat_interleave(heads // mask.shape[1], 1)
+    mask = for_heads(mask, query.shape[1])
     output, sums = decode_attention(query, key, value, mask, scale, is_causal=False)
     if sums is None:
         raise RuntimeError("decode_attention gave no sums.")

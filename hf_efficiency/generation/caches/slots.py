@@ -119,18 +119,31 @@ def slot_mask(mask: Tensor | None, positions: Tensor, first: int, t: int) -> Ten
     Returns:
         (b, k or h, t, n), boolean or additive as given; empty slots are hidden.
     """
-    b, k, n = positions.shape
+    b, _, n = positions.shape
     place = positions.long().unsqueeze(2)
     if mask is None:
         queries = torch.arange(first, first + t, device=positions.device).view(1, 1, t, 1)
         return (place <= queries) & (place >= 0)
     if mask.shape[1] > 1:
-        place = place.repeat_interleave(mask.shape[1] // k, 1)
+        place = for_heads(place, mask.shape[1])
     heads = place.shape[1]
     found = mask.expand(b, heads, t, mask.shape[3]).gather(3, place.clamp(min=0).expand(b, heads, t, n))
-    if mask.dtype == torch.bool:
-        return found & (place >= 0)
-    return torch.where(place >= 0, found, torch.finfo(mask.dtype).min)
+    return narrowed(found, place >= 0)
+
+
+def narrowed(mask: Tensor, shown: Tensor) -> Tensor:
+    """A mask, boolean or additive, that also hides what is not shown."""
+    return mask & shown if mask.dtype == torch.bool else torch.where(shown, mask, torch.finfo(mask.dtype).min)
+
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as one that is added to logits."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def for_heads(mask: Tensor, heads: int) -> Tensor:
+    """A mask or the like (b, k, ...) of key-value heads as one of so many query heads (b, h, ...)."""
+    return mask if mask.shape[1] == heads else mask.repeat_interleave(heads // mask.shape[1], 1)
 
 
 def ever_attended(mask: Tensor, positions: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from hf_efficiency.generation.caches.slots import additive, for_heads
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
@@ -47,12 +48,10 @@ class Call:
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The host's attention under a mask (b, 1, k or h, t, n), boolean or additive."""
         if mask is not None:
-            if mask.shape[1] not in (1, query.shape[1]):
-                mask = mask.repeat_interleave(query.shape[1] // mask.shape[1], 1)
+            if mask.shape[1] > 1:
+                mask = for_heads(mask, query.shape[1])
             if self.eager and mask.dtype == torch.bool:
-                mask = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(
-                    ~mask, torch.finfo(query.dtype).min
-                )
+                mask = additive(mask, query.dtype)
         return self.attend(query, key, value, mask)
 
 

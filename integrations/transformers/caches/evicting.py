@@ -11,7 +11,15 @@ from torch import Tensor
 from hf_efficiency.generation.caches.attention import attention_with_sums, query_blocks
 from hf_efficiency.generation.caches.budget import Budget, tokens_of
 from hf_efficiency.generation.caches.policies import Policy, choose, with_recent
-from hf_efficiency.generation.caches.slots import Slots, attended, ever_attended, parents_of, slot_mask
+from hf_efficiency.generation.caches.slots import (
+    Slots,
+    attended,
+    ever_attended,
+    for_heads,
+    narrowed,
+    parents_of,
+    slot_mask,
+)
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
 from hf_efficiency.integrations.transformers.caches.base import BYPASSED, Layer, cropped
 
@@ -302,7 +310,7 @@ class _Step:
         b, h, t, n = weights.shape
         heads = key.shape[1]
         # A padding query, which sees nothing, gives equal weights to everything.
-        sees = attended(visible).any(3, keepdim=True).repeat_interleave(h // visible.shape[1], 1)
+        sees = for_heads(attended(visible).any(3, keepdim=True), h)
         weights = weights * sees
         return output, weights.float().reshape(b, heads, h // heads, t, n).sum((2, 3))
 
@@ -344,9 +352,4 @@ class _Step:
 
 def _hide(visible: Tensor, alive: Tensor) -> Tensor:
     """A mask (b, k or h, t, n) without the slots that are not alive (b, k, n)."""
-    alive = alive.unsqueeze(2)
-    if visible.shape[1] != alive.shape[1]:
-        alive = alive.repeat_interleave(visible.shape[1] // alive.shape[1], 1)
-    if visible.dtype == torch.bool:
-        return visible & alive
-    return torch.where(alive, visible, torch.finfo(visible.dtype).min)
+    return narrowed(visible, for_heads(alive.unsqueeze(2), visible.shape[1]))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_efficiency.generation.caches.kivi import KiviStore, value_group
-from hf_efficiency.generation.caches.slots import ever_attended, parents_of, slot_mask
+from hf_efficiency.generation.caches.slots import ever_attended, for_heads, parents_of, slot_mask
 from hf_efficiency.integrations.transformers.caches.attention import Call, can_attend, carry
 from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped
 from hf_efficiency.kernels.kv_attention import quantized_decode_attention
@@ -189,9 +189,7 @@ class _Step:
         visible = None
         if not aligned:
             places = store.places().unsqueeze(1).expand(-1, store.residual[0].shape[1], -1)
-            visible = slot_mask(mask, places, layer.seen - self.t, self.t)
-            if visible.shape[1] != query.shape[1]:
-                visible = visible.repeat_interleave(query.shape[1] // visible.shape[1], 1)
+            visible = for_heads(slot_mask(mask, places, layer.seen - self.t, self.t), query.shape[1])
         output, _ = quantized_decode_attention(
             query, store.keys, store.values, *store.residual, visible, call.scale, is_causal=aligned, with_sums=False
         )

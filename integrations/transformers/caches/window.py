@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_efficiency.generation.caches.attention import query_blocks
 from hf_efficiency.generation.caches.rotation import Rotary
-from hf_efficiency.generation.caches.slots import attended, ever_attended, slot_mask
+from hf_efficiency.generation.caches.slots import attended, ever_attended, narrowed, slot_mask
 from hf_efficiency.generation.caches.streaming import Ring, sink_shift, visible
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
 from hf_efficiency.integrations.transformers.caches.base import BYPASSED, EfficientCache, Layer, cropped
@@ -213,10 +213,7 @@ def _ranks_of_queries(new: Tensor, mask: Tensor | None, places: Tensor) -> Tenso
 
 def _both(sees: Tensor, mask: Tensor | None, positions: Tensor, first: int) -> Tensor:
     """What the rule (b, 1, t, n) and the host's mask both show, as a mask of the host's kind."""
-    hosts = slot_mask(mask, positions.unsqueeze(1), first, sees.shape[2])
-    if hosts.dtype == torch.bool:
-        return hosts & sees
-    return torch.where(sees, hosts, torch.finfo(hosts.dtype).min)
+    return narrowed(slot_mask(mask, positions.unsqueeze(1), first, sees.shape[2]), sees)
 
 
 class _WindowCache(EfficientCache):

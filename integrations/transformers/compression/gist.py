@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_efficiency.generation.caches.slots import additive
 from hf_efficiency.generation.compression.gist import gist_mask
 from hf_efficiency.saving import staged_folder
 from transformers import DynamicCache
@@ -67,10 +68,8 @@ class GistModel(nn.Module):
         embed = _embedding(self.model)
         inputs = torch.cat((embed(prompt), self.embeddings.to(embed.weight.dtype), embed(rest)))[None]
         seen = gist_mask(len(prompt), len(self.embeddings), len(rest), inputs.device)
-        mask = torch.zeros_like(seen, dtype=inputs.dtype).masked_fill(~seen, torch.finfo(inputs.dtype).min)
-        return self.model(inputs_embeds=inputs, attention_mask=mask[None, None], use_cache=False).logits[
-            0, -len(rest) :
-        ]
+        mask = additive(seen[None, None], inputs.dtype)
+        return self.model(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits[0, -len(rest) :]
 
     def fit(
         self, pairs: Iterable[tuple[Tensor, Tensor]], *, epochs: int = 1, learning_rate: float = 1e-2
