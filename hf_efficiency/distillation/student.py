@@ -175,7 +175,8 @@ def _cut_width(text: Any, teacher: Any, hidden_size: int | None, intermediate_si
 @torch.no_grad()
 def _copy_weights(teacher: Any, student: Any, kept: Sequence[int], columns: Tensor | None) -> None:
     """Every tensor of the student from that of the teacher of the same name, cut where it is larger."""
-    prefix = next(name for name, module in student.named_modules() if module is decoder_blocks(student))
+    blocks = decoder_blocks(student)
+    prefix = next(name for name, module in student.named_modules() if module is blocks)
     numbered = re.compile(rf"(?<={re.escape(prefix)}\.)\d+(?=\.)")
     theirs = teacher.state_dict()
     for name, ours in student.state_dict().items():

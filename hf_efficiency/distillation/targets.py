@@ -33,8 +33,7 @@ class TopK:
 
     def merged(self, log_q: Tensor) -> Tensor:
         """Log-probabilities (c, k + 1) that log_q (c, V) gives to the same outcomes."""
-        rest = log_q.scatter(-1, self.ids, float("-inf")).logsumexp(-1).clamp_(min=_SMALLEST)
-        return torch.cat([log_q.gather(-1, self.ids), rest[:, None]], -1)
+        return torch.cat([log_q.gather(-1, self.ids), _log_rest(log_q, self.ids)[:, None]], -1)
 
     def spread(self, grad: Tensor, log_q: Tensor, merged: Tensor) -> Tensor:
         """From the gradient (c, k + 1) with respect to merged logits to that (c, V) of all logits.
@@ -55,8 +54,12 @@ def top_k(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
         raise ValueError(f"top_k={k} must be at least 1 and below the vocabulary's {logits.shape[-1]}.")
     log_p = log_softmax(logits, temperature)
     kept, ids = log_p.topk(k, -1)
-    rest = log_p.scatter(-1, ids, float("-inf")).logsumexp(-1).clamp_(min=_SMALLEST)
-    return TopK(ids, kept, rest)
+    return TopK(ids, kept, _log_rest(log_p, ids))
+
+
+def _log_rest(log_p: Tensor, ids: Tensor) -> Tensor:
+    """Log of the mass (c,) of all tokens but those of `ids` (c, k)."""
+    return log_p.scatter(-1, ids, float("-inf")).logsumexp(-1).clamp_(min=_SMALLEST)
 
 
 Target = Tensor | TopK  # Tensor: logits (c, V or more)
