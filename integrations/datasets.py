@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from hf_efficiency.selection.optional import require
+
 
 def load_rows(name: str, split: str) -> Any:
     """A `datasets.Dataset` from a .parquet file, a folder written by `save_to_disk`, or the Hub.
@@ -13,12 +15,7 @@ def load_rows(name: str, split: str) -> Any:
         ValueError: it is not there or has no such split.
         ImportError: datasets is not installed.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError(
-            f"reading {name!r} needs 'datasets', which is not installed: pip install 'hf_efficiency[data]'"
-        ) from error
+    datasets = require("datasets", f"reading {name!r}")
     path = Path(name)
     if path.is_file():
         return datasets.load_dataset("parquet", data_files=str(path), split="train")

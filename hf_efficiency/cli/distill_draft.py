@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_efficiency import DistillConfig, DistillTrainer, make_student
 from hf_efficiency.cli.cache_teacher import cut
 from hf_efficiency.cli.models import load_model, load_tokenizer, pick_device, resolve
+from hf_efficiency.distillation.sampling import IGNORED
 from hf_efficiency.distillation.trace import decoder_blocks
 from hf_efficiency.evaluation import read_text
 from hf_efficiency.saving import check_output, save_checkpoint
@@ -17,7 +18,6 @@ from hf_efficiency.saving import check_output, save_checkpoint
 if TYPE_CHECKING:
     import argparse
 
-_IGNORED = -100
 _HELD_OUT = 0.1
 
 
@@ -120,7 +120,7 @@ def _logged(ids: list[int], rejected: set[int], seq_len: int, *, rejected_only: 
     rows = []
     for start in range(0, len(ids), seq_len):
         piece = ids[start : start + seq_len]
-        labels = [token if not rejected_only or start + i in rejected else _IGNORED for i, token in enumerate(piece)]
-        if len(piece) > 1 and any(label != _IGNORED for label in labels[1:]):
+        labels = [token if not rejected_only or start + i in rejected else IGNORED for i, token in enumerate(piece)]
+        if len(piece) > 1 and any(label != IGNORED for label in labels[1:]):
             rows.append({"input_ids": piece, "labels": labels})
     return rows
