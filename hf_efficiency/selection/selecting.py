@@ -123,9 +123,8 @@ def select(
         raise ValueError(f"the strategy {strategy!r} needs k, the number or the share of the rows to choose.")
     if k is not None:
         check_k(k, len(pool) if pool.known_length is not None or not isinstance(k, float) else 1 << 62)
-    if "target" in row.needs:
-        texts_of(target, tokenizer)
-    key = _key(strategy, values, pool, models, tokenizer, target, max_length, seed if row.seeded else None)
+    wanted = None if target is None else texts_of(target, tokenizer)
+    key = _key(strategy, values, pool, models, tokenizer, wanted, max_length, seed if row.seeded else None)
     cache = None if cache_dir is None or not row.ranks else ScoreCache(cache_dir, key)
     run = Run(pool, values, models, tokenizer, target, seed, batch_size, max_length, cache, progress)
     start = time.perf_counter()
@@ -166,13 +165,13 @@ def _stored(dataset: Any, column: str) -> NDArray[np.floating] | None:
 
 def _key(strategy: str, values: dict[str, Any], pool: Pool, *parts: Any) -> str:
     """A checksum of what the scores depend on."""
-    models, tokenizer, target, max_length, seed = parts
+    models, tokenizer, wanted, max_length, seed = parts
     described: list[Any] = [strategy, sorted((name, _described(value)) for name, value in values.items())]
     described += [pool.column, pool.known_length, *pool.spot_checks()]
     described += [model_checksum(model) for model in models]
     described += [type(tokenizer).__name__ if models else None, max_length if models else None, seed]
-    if target is not None:
-        described.append(texts_of(target, tokenizer))
+    if wanted is not None:
+        described.append(wanted)
     return checksum(*described)
 
 
