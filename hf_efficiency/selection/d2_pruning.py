@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from hf_efficiency.selection.choosing import check_scores, quantile_band
+from hf_efficiency.selection.choosing import check_scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -114,8 +114,3 @@ def nearest(features: NDArray[np.float32], m: int) -> tuple[NDArray[np.int64], N
         indices[start : start + len(sim)] = part
         distances[start : start + len(sim)] = np.maximum(0, 2 - 2 * np.take_along_axis(sim, part, 1))
     return indices, distances
-
-
-def both_ends(losses: NDArray[np.floating], low: float, high: float) -> NDArray[np.bool_]:
-    """Rows between two quantiles of the loss, (n,): what a Trainer keeps in each epoch."""
-    return quantile_band(losses, low, high)
