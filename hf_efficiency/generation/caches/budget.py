@@ -29,6 +29,13 @@ def check_budget(name: str, budget: Budget) -> Budget:
     return budget
 
 
+def check_tokens(name: str, tokens: int, least: int) -> None:
+    """ValueError unless it is a number of tokens, `least` (0 or 1) or more."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < least:
+        wanted = "at least 1" if least else "0 or more"
+        raise ValueError(f"{name} is {tokens!r}: give a number of tokens, {wanted}.")
+
+
 def tokens_of(budget: Budget, lengths: Sequence[int]) -> list[int]:
     """Tokens that a budget allows rows of these lengths: a fraction of each row's own, rounded up, at least 1.
 

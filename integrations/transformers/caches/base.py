@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +14,8 @@ from torch import Tensor
 from hf_efficiency.integrations.transformers.caches.attention import use_cache_attention
 from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, DynamicCache, DynamicLayer
+
+Storage = TypeVar("Storage")
 
 # What a layer says at the step after one whose attention never came.
 BYPASSED = (
@@ -133,6 +135,17 @@ class Layer(CacheLayerMixin):
         """Forgets everything, and gives the memory back."""
         self.is_initialized, self.seen = False, 0
         self.keys = self.values = None
+
+
+def filled(storage: Storage | None) -> Storage:
+    """The storage itself.
+
+    Raises:
+        RuntimeError: There is none yet.
+    """
+    if storage is None:
+        raise RuntimeError("The cache layer holds nothing yet.")
+    return storage
 
 
 def cropped(layer: str, remove: int) -> int:

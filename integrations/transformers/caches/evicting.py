@@ -21,7 +21,7 @@ from hf_efficiency.generation.caches.slots import (
     slot_mask,
 )
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
-from hf_efficiency.integrations.transformers.caches.base import BYPASSED, Layer, cropped
+from hf_efficiency.integrations.transformers.caches.base import BYPASSED, Layer, cropped, filled
 
 # A recorded step of more tokens is a prompt. Shorter ones are drafts, whose tokens must see what each would see alone.
 _LONGEST_DRAFT = 64
@@ -60,9 +60,7 @@ class EvictingLayer(Layer):
         return self._held().lengths.shape[0]
 
     def _held(self) -> Slots:
-        if self.slots is None:
-            raise RuntimeError("The cache layer holds nothing yet.")
-        return self.slots
+        return filled(self.slots)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Adds new tokens (b, k, t, d).

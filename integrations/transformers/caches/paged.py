@@ -5,8 +5,9 @@ from typing import Any, Self
 
 from torch import Tensor
 
+from hf_efficiency.generation.caches.budget import check_tokens
 from hf_efficiency.generation.caches.paging import BlockPool, Tables
-from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped
+from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped, filled
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
@@ -27,9 +28,7 @@ class PagedLayer(Layer):
 
     def held(self) -> Tables:
         """The tables."""
-        if self.tables is None:
-            raise RuntimeError("The cache layer holds nothing yet.")
-        return self.tables
+        return filled(self.tables)
 
     def rows(self) -> int:
         """The batch size."""
@@ -116,8 +115,7 @@ class PagedCache(EfficientCache):
     name = "paged"
 
     def __init__(self, model: PreTrainedModel, block_size: int = 16) -> None:
-        if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < 1:
-            raise ValueError(f"block_size is {block_size!r}: give a number of tokens, at least 1.")
+        check_tokens("block_size", block_size, 1)
         self.options = {"block_size": block_size}
         super().__init__(model, lambda i, n: PagedLayer(block_size), attends=False)
 

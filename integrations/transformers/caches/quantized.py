@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_efficiency.generation.caches.budget import check_tokens
 from hf_efficiency.generation.caches.kivi import KiviStore, value_group
 from hf_efficiency.generation.caches.slots import ever_attended, for_heads, parents_of, slot_mask
 from hf_efficiency.integrations.transformers.caches.attention import Call, can_attend, carry
-from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped
+from hf_efficiency.integrations.transformers.caches.base import EfficientCache, Layer, cropped, filled
 from hf_efficiency.kernels.kv_attention import quantized_decode_attention
 from transformers import PreTrainedModel
 
@@ -35,9 +36,7 @@ class QuantizedLayer(Layer):
 
     def held(self) -> KiviStore:
         """The store."""
-        if self.store is None:
-            raise RuntimeError("The cache layer holds nothing yet.")
-        return self.store
+        return filled(self.store)
 
     def rows(self) -> int:
         """The batch size."""
@@ -231,8 +230,7 @@ class QuantizedKVCache(EfficientCache):
             raise ValueError(f"bits is {bits!r}: choose 2, 4 or 8.")
         if group_size not in (16, 32, 64, 128, 256):
             raise ValueError(f"group_size is {group_size!r}: choose 16, 32, 64, 128 or 256.")
-        if isinstance(window, bool) or not isinstance(window, int) or window < 0:
-            raise ValueError(f"window is {window!r}: give a number of tokens, 0 or more.")
+        check_tokens("window", window, 0)
         self.options = {"bits": bits, "group_size": group_size, "window": window, "fused": fused}
         attends = hasattr(model, "set_attn_implementation") and can_attend(model)
         super().__init__(model, lambda i, n: QuantizedLayer(bits, group_size, window, fused), attends=attends)

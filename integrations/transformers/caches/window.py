@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from hf_efficiency.generation.caches.attention import query_blocks
+from hf_efficiency.generation.caches.budget import check_tokens
 from hf_efficiency.generation.caches.rotation import Rotary
 from hf_efficiency.generation.caches.slots import attended, ever_attended, narrowed, slot_mask
 from hf_efficiency.generation.caches.streaming import Ring, sink_shift, visible
 from hf_efficiency.integrations.transformers.caches.attention import Call, carry
-from hf_efficiency.integrations.transformers.caches.base import BYPASSED, EfficientCache, Layer, cropped
+from hf_efficiency.integrations.transformers.caches.base import BYPASSED, EfficientCache, Layer, cropped, filled
 from hf_efficiency.integrations.transformers.caches.rotary import find_rotary
 from transformers import PreTrainedModel
 
@@ -34,9 +35,7 @@ class WindowLayer(Layer):
 
     def held(self) -> Ring:
         """The ring."""
-        if self.ring is None:
-            raise RuntimeError("The cache layer holds nothing yet.")
-        return self.ring
+        return filled(self.ring)
 
     def rows(self) -> int:
         """The batch size."""
@@ -218,8 +217,7 @@ def _both(sees: Tensor, mask: Tensor | None, positions: Tensor, first: int) -> T
 
 class _WindowCache(EfficientCache):
     def __init__(self, model: PreTrainedModel, sinks: int, window: int, *, full_prefill: bool, positions: str) -> None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"window is {window!r}: give a number of tokens, at least 1.")
+        check_tokens("window", window, 1)
         super().__init__(model, lambda i, n: WindowLayer(sinks, window, full_prefill), attends=True)
         for layer in self.layers:
             if isinstance(layer, WindowLayer) and sinks and positions == "cache":
@@ -265,8 +263,7 @@ class StreamingCache(_WindowCache):
         positions: str = "cache",
         full_prefill: bool = False,
     ) -> None:
-        if isinstance(sinks, bool) or not isinstance(sinks, int) or sinks < 0:
-            raise ValueError(f"sinks is {sinks!r}: give a number of tokens, 0 or more.")
+        check_tokens("sinks", sinks, 0)
         if positions not in ("cache", "absolute"):
             raise ValueError(f"positions is {positions!r}: choose 'cache' or 'absolute'.")
         self.options = {"sinks": sinks, "window": window, "positions": positions, "full_prefill": full_prefill}
