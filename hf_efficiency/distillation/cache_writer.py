@@ -27,7 +27,7 @@ from hf_efficiency.distillation.teacher_cache import (
     sequence_key,
     tokenizer_checksum,
 )
-from hf_efficiency.distillation.trace import trace
+from hf_efficiency.distillation.teachers import ModelTeacher
 
 _LARGEST_UINT16 = 2**16
 
@@ -71,12 +71,12 @@ def cache_teacher(
         return TeacherCache(target)
     training = teacher.training
     try:
-        teacher.eval()
+        asked = ModelTeacher(teacher)
         with tqdm(total=len(sequences), desc="caching", unit="sequence", disable=not progress) as bar:
             for i, name in enumerate(manifest["shards"]):
                 chosen = sequences[i * shard_size : (i + 1) * shard_size]
                 if not (target / name).is_file():
-                    _write_shard(teacher, chosen, target / name, manifest, batch_size)
+                    _write_shard(asked, chosen, target / name, manifest, batch_size)
                 bar.update(len(chosen))
     finally:
         teacher.train(training)
@@ -155,7 +155,11 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 
 def _write_shard(
-    teacher: Any, sequences: Sequence[Sequence[int] | Tensor], path: Path, manifest: dict[str, Any], batch_size: int
+    teacher: ModelTeacher,
+    sequences: Sequence[Sequence[int] | Tensor],
+    path: Path,
+    manifest: dict[str, Any],
+    batch_size: int,
 ) -> None:
     """Runs the teacher on the sequences of one file; the file appears whole or not at all."""
     pa = arrow()
@@ -179,25 +183,22 @@ def _write_shard(
     os.replace(partial, path)
 
 
-@torch.no_grad()
-def _answers(teacher: Any, batch: Sequence[Tensor], manifest: dict[str, Any]) -> list[tuple[Tensor, Tensor, Tensor]]:
+def _answers(
+    teacher: ModelTeacher, batch: Sequence[Tensor], manifest: dict[str, Any]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """For each sequence (t,) the top ids (t - 1, k), their log-probabilities and the log of the rest (t - 1,)."""
-    device = teacher.get_input_embeddings().weight.device
+    device = teacher.model.get_input_embeddings().weight.device
     width = max(len(ids) for ids in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for i, row in enumerate(batch):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    head = OutputHead(teacher)
-    found = trace(teacher, {"input_ids": ids.to(device), "attention_mask": mask.to(device)})
-    whole = head.agrees(found.hidden[:, :1], found.logits)
-    if not whole:
-        found = trace(teacher, {"input_ids": ids.to(device), "attention_mask": mask.to(device)}, full_logits=True)
-    results = []
-    for i, row in enumerate(batch):
-        source = found.hidden if whole else found.logits
-        logits = source[i, : len(row) - 1]
-        logits = (head(logits) if whole else logits)[:, : manifest["vocab_size"]]
-        kept = most_likely(logits, manifest["top_k"], manifest["temperature"])
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    rows = teacher.answer(inputs, inputs["attention_mask"][:, 1:].bool()).rows
+    results, first = [], 0
+    for row in batch:
+        part = slice(first, first + len(row) - 1)
+        first = part.stop
+        kept = most_likely(rows(part)[:, : manifest["vocab_size"]], manifest["top_k"], manifest["temperature"])
         results.append((kept.ids.cpu(), kept.log_p.cpu(), kept.log_rest.cpu()))
     return results
