@@ -24,11 +24,12 @@ from hf_efficiency.distillation.teacher_cache import TeacherCache
 from hf_efficiency.distillation.teachers import CachedTeacher, ModelTeacher
 from hf_efficiency.distillation.trace import Trace, decoder_blocks, trace
 from hf_efficiency.distillation.vocabulary import shared_vocabulary
+from hf_efficiency.evaluation.metrics import evaluating
 from hf_efficiency.integrations.transformers.distillation_config import DistillConfig
 from hf_efficiency.integrations.transformers.distillation_data import (
-    NOT_FOR_THE_MODEL,
     DistillCollator,
     completed,
+    inputs_of,
     valid_positions,
 )
 from hf_efficiency.integrations.transformers.distillation_monitor import Monitor
@@ -156,7 +157,6 @@ class DistillTrainer(Trainer):
         similarity = self._similarity(ours, theirs) if given == "similarity" else None
         return resolve_layer_map(given, ours, theirs, similarity)
 
-    @torch.no_grad()
     def _similarity(self, student_layers: int, teacher_layers: int) -> Tensor:
         """How alike blocks are (student, teacher), on the first rows of the data, the same in every process."""
         if self.train_dataset is None:
@@ -165,11 +165,9 @@ class DistillTrainer(Trainer):
         rows = (dataset[i] for i in range(len(dataset))) if hasattr(dataset, "__len__") else iter(dataset)
         batch = self._prepare_inputs(self._collated(list(islice(rows, _PROBE_ROWS))))
         valid = valid_positions(batch)
-        inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
-        training = self._student.training
-        self._student.eval()
-        found = trace(self._student, inputs, layers=range(student_layers))
-        self._student.train(training)
+        inputs = inputs_of(batch)
+        with evaluating(self._student):
+            found = trace(self._student, inputs, layers=range(student_layers))
         theirs = self.teacher.answer(inputs, valid, layers=range(teacher_layers)).states
         ours = [found.states[i][:, :-1][valid][:_PROBE_TOKENS] for i in range(student_layers)]
         return cka(ours, [theirs[i][:_PROBE_TOKENS] for i in range(teacher_layers)])
@@ -241,7 +239,7 @@ class DistillTrainer(Trainer):
     ) -> tuple[Tensor, Tensor | None]:
         """The loss summed over tokens, and the logits (b, t, V) if they are wanted."""
         args = self.args
-        inputs = {k: v for k, v in batch.items() if k not in NOT_FOR_THE_MODEL}
+        inputs = inputs_of(batch)
         watched = args.monitor and (not model.training or self._step_is_logged())
         matched: LayerMap = self.features.layer_map if self.features is not None else ()
         answer = None

@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_efficiency.distillation.sampling import IGNORED
 
 # What a batch may hold for other purposes than the forward pass.
-NOT_FOR_THE_MODEL = ("labels", "prompts", "prompt_attention_mask", "num_items_in_batch")
+_NOT_FOR_THE_MODEL = ("labels", "prompts", "prompt_attention_mask", "num_items_in_batch")
 
 
 class DistillCollator:
@@ -57,6 +57,11 @@ def completed(batch: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("labels") is None:
         found["labels"] = found["input_ids"].masked_fill(found["attention_mask"] == 0, IGNORED)
     return found
+
+
+def inputs_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model takes."""
+    return {name: value for name, value in batch.items() if name not in _NOT_FOR_THE_MODEL}
 
 
 def valid_positions(batch: Mapping[str, Tensor]) -> Tensor:
