@@ -77,9 +77,10 @@ class Ring:
             self.positions[row, slot], self.ranks[row, slot] = place[token], slot
         self._sinks_came = bool((self.ranks[:, : self.count] >= 0).all())
 
-    def is_sink_slot(self) -> Tensor:
-        """(s + w,): which slots are for sinks."""
-        return torch.arange(self.keys.shape[2], device=self.keys.device) < self.count
+    def held_ranks(self) -> Tensor:
+        """(b, s + w): `ranks`, but -1 for a sink's second copy, in the window."""
+        is_sink_slot = torch.arange(self.keys.shape[2], device=self.keys.device) < self.count
+        return torch.where(is_sink_slot | (self.ranks >= self.count), self.ranks, EMPTY)
 
     def select(self, rows: Tensor) -> None:
         """Takes the batch's rows in this order."""

@@ -160,8 +160,7 @@ class _Fed:
         rank = ring.lengths.unsqueeze(1) - 1
         if layer.sinks and layer.rotary is not None and self.start >= layer.sinks + layer.window:
             ring.keys[:, :, : layer.sinks] = layer.rotary.shift(ring.sinks, sink_shift(rank, layer.sinks, layer.window))
-        ranks = torch.where(ring.is_sink_slot() | (ring.ranks >= layer.sinks), ring.ranks, -1)
-        sees = visible(rank, ranks, layer.sinks, layer.window)
+        sees = visible(rank, ring.held_ranks(), layer.sinks, layer.window)
         return call(query, ring.keys, ring.values, _both(sees, mask, ring.positions, self.start))[0]
 
     def _many(self, call: Call, query: Tensor, mask: Tensor | None, real: Tensor) -> Tensor:
@@ -172,9 +171,8 @@ class _Fed:
         if full and self.start == 0 and mask is None:
             return call(query, self.keys, self.values, None)[0]
         new = ring.rank(real)
-        old_ranks = torch.where(ring.is_sink_slot() | (ring.ranks >= layer.sinks), ring.ranks, -1)
         old_keys = torch.cat((ring.sinks, ring.keys[:, :, layer.sinks :]), 2)
-        ranks = torch.cat((old_ranks, new), 1)
+        ranks = torch.cat((ring.held_ranks(), new), 1)
         places = torch.arange(self.start, self.start + t, device=query.device).expand(query.shape[0], t)
         positions = torch.cat((ring.positions, places), 1)
         keys, values = torch.cat((old_keys, self.keys), 2), torch.cat((ring.values, self.values), 2)
