@@ -3,6 +3,7 @@
 Shape legend: b batch, h query heads, k key-value heads, n slots, t new tokens, d head size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -237,19 +238,25 @@ class _Step:
         if self.done:
             return call(query, key, value, slot_mask(mask, self.positions, first, t))[0]
         self.done = True
-        real = self._arrive(mask)
         if self.prompt:
+            real = self._arrive(mask)
             output = self._prompt(call, query, key, value, mask)
         else:
-            output = self._decode(call, query, key, value, mask)
+            parents, depths = parents_of(mask, first, t)
+            real = self._arrive(mask, depths)
+            output = self._decode(call, query, key, value, mask, parents, depths)
         layer._held().lengths += real
         layer.waiting, layer.last = 0, t
         if not layer.record_past:
             layer._settle(0)
         return output
 
-    def _arrive(self, mask: Tensor | None) -> Tensor:
+    def _arrive(self, mask: Tensor | None, depths: Sequence[int] = ()) -> Tensor:
         """Drops tokens that no query sees (padding), and gives the new ones their first scores.
+
+        Args:
+            mask: Of the step.
+            depths: Of a draft's tokens.
 
         Returns:
             How many of them are real (b,).
@@ -263,9 +270,8 @@ class _Step:
             slots.keep(seen)
             real = seen.gather(2, self.new)[:, 0].long()
         before = real.cumsum(1) - 1
-        if not self.prompt:
-            depths = parents_of(mask, layer.seen - t, t)[1]
-            before = torch.tensor(depths, device=real.device).expand(b, t) if real.shape[1] > 1 else before
+        if len(depths) > 1:
+            before = torch.tensor(depths, device=real.device).expand(b, t)
         ranks = slots.lengths.unsqueeze(1) + before
         slots.scores.scatter_(2, self.new, layer.policy.begin(ranks, (b, k, t), layer.index))
         return real.sum(1)
@@ -312,12 +318,20 @@ class _Step:
         weights = weights * sees
         return output, weights.float().reshape(b, heads, h // heads, t, n).sum((2, 3))
 
-    def _decode(self, call: Call, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    def _decode(
+        self,
+        call: Call,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        parents: list[int],
+        depths: list[int],
+    ) -> Tensor:
         """One query after the other, each seeing what its parent left: in a chain, the query before it."""
         layer, policy, slots, t = self.layer, self.layer.policy, self.layer._held(), query.shape[2]
         first = layer.seen - t
         visible = slot_mask(mask, self.positions, first, t)
-        parents, depths = parents_of(mask, first, t)
         places = slots.positions
         if any(depth != i for i, depth in enumerate(depths)):
             moved = torch.tensor(depths, dtype=torch.int32, device=places.device) + first
