@@ -116,10 +116,8 @@ class QuantizedLayer(Layer):
 
     def numbers(self) -> dict[str, Any]:
         """Tokens seen, and of each row its groups and padding."""
-        return {"seen": self.seen, "groups": self.held().groups if self.store else [], "pads": self._pads()}
-
-    def _pads(self) -> list[int]:
-        return self.store.pads if self.store is not None else []
+        groups, pads = ([], []) if self.store is None else (self.store.groups, self.store.pads)
+        return {"seen": self.seen, "groups": groups, "pads": pads}
 
     def restore(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
         """Takes what was saved."""
@@ -146,13 +144,14 @@ class _Step:
             places = torch.arange(self.t, device=key.device).expand(key.shape[0], 1, -1)
             layer.held().pads = (self.t - ever_attended(mask, places)[:, 0].int().sum(1)).tolist()
         if self.fused and not self._crosses():
-            return self._fused(call, query, mask)
-        if self.fused:
-            key, value = layer.held().dense()
-        if layer.record_past and not self.first and self.t <= _LONGEST_FUSED:
-            output = self._draft(call, query, key, value, mask)
+            output = self._fused(call, query, mask)
         else:
-            output = call(query, key, value, mask)[0]
+            if self.fused:
+                key, value = layer.held().dense()
+            if layer.record_past and not self.first and self.t <= _LONGEST_FUSED:
+                output = self._draft(call, query, key, value, mask)
+            else:
+                output = call(query, key, value, mask)[0]
         if not layer.record_past:
             layer.settle()
         return output
@@ -192,8 +191,6 @@ class _Step:
         output, _ = quantized_decode_attention(
             query, store.keys, store.values, *store.residual, visible, call.scale, is_causal=aligned, with_sums=False
         )
-        if not layer.record_past:
-            layer.settle()
         return output.transpose(1, 2)
 
 
