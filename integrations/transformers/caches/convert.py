@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_efficiency.calibration.data import resolve_calibration
+from hf_efficiency.evaluation.metrics import evaluating
 from hf_efficiency.generation.grouped_query import pool_heads
 from transformers import AutoTokenizer, PreTrainedModel
 
@@ -145,13 +146,10 @@ def _pool(module: Any, before: int, after: int) -> None:
             setattr(module, name, after)
 
 
-@torch.no_grad()
 def _loss(model: PreTrainedModel, tokens: Tensor) -> float:
     """Mean cross-entropy of the tokens (n, t), one sequence at a time."""
-    was_training = model.training
-    model.eval()
-    losses = [model(row[None].to(model.device), labels=row[None].to(model.device)).loss.item() for row in tokens]
-    model.train(was_training)
+    with evaluating(model):
+        losses = [model(row[None].to(model.device), labels=row[None].to(model.device)).loss.item() for row in tokens]
     return sum(losses) / len(losses)
 
 
