@@ -239,9 +239,9 @@ def _sentence_ratios(
         mean = min(1.0, budget / max(1, sum(counts[s] for s in kept)))
         chosen = dict(zip(kept, ranked_ratios(range(len(kept)), mean, 0.5), strict=True))
     else:
-        whole = filled(order, counts, _WHOLE * budget)
+        whole = set(filled(order, counts, _WHOLE * budget))
         left = budget - sum(counts[s] for s in whole)
-        partly = filled([s for s in order if s not in set(whole)], counts, 2 * left) if left > 0 else []
+        partly = filled([s for s in order if s not in whole], counts, 2 * left) if left > 0 else []
         share = min(0.99, left / max(1, sum(counts[s] for s in partly)))
         chosen = {s: 3 - places[s] for s in whole} | dict.fromkeys(partly, max(share, 0.01))
     return [chosen.get(s, -1 - places[s]) if s in places else ratio for s, ratio in enumerate(ratios)]

@@ -144,10 +144,10 @@ def _drop_plain_sentences(
     order = sorted(context, key=lambda s: (-mean[s], s))
     counts = units.sentence_tokens
     budget = sum(shares[units.sentence_part[s]] * counts[s] for s in context)
-    kept = filled(order, counts, _GRANULARITY * budget)
+    kept = set(filled(order, counts, _GRANULARITY * budget))
     share = min(1.0, budget / max(1, sum(counts[s] for s in kept)))
     for place, s in enumerate(order):
-        ratios[s] = share if s in set(kept) else -1 - place / len(order)
+        ratios[s] = share if s in kept else -1 - place / len(order)
 
 
 def _group(units: Units, parts: Parts, word: int) -> int:
