@@ -1,6 +1,5 @@
 """Policies that look at no attention: by age, at random, and pinned spans on top of any other policy."""
 
-import dataclasses
 from dataclasses import dataclass, field
 
 import torch
@@ -81,8 +80,3 @@ class Pinned(Policy):
         """What the pinned tokens leave."""
         free = [max(0, capacity - self.pinned) for capacity in capacities]
         return [min(tokens, left) for tokens, left in zip(self.inner.recent_tokens(free), free, strict=True)]
-
-
-def with_spans(policy: Policy, spans: list[tuple[int, int]]) -> Policy:
-    """The policy with pinned spans."""
-    return Pinned(spans=spans, inner=dataclasses.replace(policy))
