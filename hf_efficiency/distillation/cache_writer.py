@@ -194,7 +194,7 @@ def _answers(
     for i, row in enumerate(batch):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-    rows = teacher.answer(inputs, inputs["attention_mask"][:, 1:].bool()).rows
+    rows: Any = teacher.answer(inputs, inputs["attention_mask"][:, 1:].bool()).rows  # of a model: they give logits
     results, first = [], 0
     for row in batch:
         part = slice(first, first + len(row) - 1)
