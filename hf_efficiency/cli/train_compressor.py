@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hf_efficiency.cli.models import load_model, load_tokenizer, resolve
+from hf_efficiency.distillation.student import cut_depth
 from hf_efficiency.evaluation import read_text
 from hf_efficiency.saving import check_output, save_checkpoint
 
@@ -70,10 +71,9 @@ def _student(teacher: Any, layers: int) -> Any:
     from transformers import AutoModelForTokenClassification
 
     config = copy.deepcopy(teacher.config)
-    config.num_hidden_layers = min(layers, config.num_hidden_layers)
+    total = config.num_hidden_layers
+    cut_depth(config, range(min(layers, total)), total)
     config.num_labels = 2
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
     config.quantization_config = None
     del config.quantization_config
     student = AutoModelForTokenClassification.from_config(config).float()

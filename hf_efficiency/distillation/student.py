@@ -66,7 +66,7 @@ def make_student(
     if kept is None:
         tokens = resolve_calibration(calibration, tokenizer, num_samples=num_samples, seq_len=seq_len, model=teacher)
         kept = most_influential(block_influence(teacher, tokens), num_layers or total)
-    _cut_depth(config, text, kept, total)
+    cut_depth(text, kept, total)
     columns = _cut_width(text, teacher, hidden_size, intermediate_size)
     with torch.random.fork_rng(devices=[]):  # what does not fit starts afresh, the same in every process
         torch.manual_seed(0)
@@ -134,12 +134,12 @@ def _check_size(name: str, value: int, most: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number from 1 to the teacher's {most}.")
 
 
-def _cut_depth(config: Any, text: Any, kept: Sequence[int], total: int) -> None:
-    """The number of blocks, and every list in the config that has an entry for each."""
-    for name, value in list(vars(text).items()):
+def cut_depth(config: Any, kept: Sequence[int], total: int) -> None:
+    """Leaves a config with the `kept` of its decoder's `total` blocks: their number, and lists with one entry each."""
+    for name, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == total and name != "architectures":
-            setattr(text, name, type(value)(value[i] for i in kept))
-    text.num_hidden_layers = len(kept)
+            setattr(config, name, type(value)(value[i] for i in kept))
+    config.num_hidden_layers = len(kept)
 
 
 def _cut_width(text: Any, teacher: Any, hidden_size: int | None, intermediate_size: int | None) -> Tensor | None:

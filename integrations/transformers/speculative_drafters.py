@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_efficiency.distillation.student import cut_depth
 from hf_efficiency.distillation.trace import decoder_blocks
 from hf_efficiency.generation.speculative import Draft, Scorer, TreeShape
 from hf_efficiency.integrations.transformers.speculative_reader import Reader
@@ -189,10 +190,7 @@ def shallow(model: PreTrainedModel, keep: int | Sequence[int]) -> PreTrainedMode
     path = next(name for name, module in model.named_modules() if module is blocks).split(".")
     config = copy.deepcopy(model.config)
     text = config.get_text_config(decoder=True)
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == total:
-            setattr(text, name, [value[i] for i in kept])
-    text.num_hidden_layers = len(kept)
+    cut_depth(text, kept, total)
     top = _copied(model, config)
     inner: Any = top
     for name in path[:-1]:
